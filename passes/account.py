@@ -1,0 +1,83 @@
+"""Account for a partition: which storages are held between forward and backward, and what each site has to do with it."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from wtacrs_fx.ledger import Entry, Ledger
+from wtacrs_fx.passes.policy import Action, Decision, hint, view_base
+from wtacrs_fx.passes.sample import Sampled
+from wtacrs_fx.passes.sever import saved_tensors
+
+
+def build_ledger(
+    plan: Sequence[Decision],
+    done: Sampled,
+    exact: GraphModule,
+    forward: GraphModule,
+    num_fwd_outputs: int,
+    weights: Collection[str],
+) -> Ledger:
+    """The ledger of a plan. ``exact`` and ``forward`` are the forward graphs without and with sampling."""
+    exact_bytes, now_bytes = (_bytes_by_source(g, num_fwd_outputs, weights) for g in (exact, forward))
+    first_of: dict[tuple, str] = {}
+    entries = []
+    for decision in plan:
+        site = decision.site
+        source = view_base(site.activation.source).name
+        before, now, reason = exact_bytes.get(source, 0), now_bytes.get(source, 0), decision.reason
+        if decision.group in first_of:  # bytes are counted once, at the first site
+            before = now = 0
+            reason = reason or f"shared with {first_of[decision.group]}"
+        elif decision.action is Action.EARLY:
+            now = sum(storages(done.draws[decision.group]).values())
+        first_of.setdefault(decision.group, site.module)
+        rows = _size(site.activation.rows)
+        entries.append(
+            Entry(
+                module=site.module,
+                op=str(site.node.target),
+                shape=tuple(_size(s) for s in site.activation.value.shape),
+                dtype=str(site.activation.value.dtype).removeprefix("torch."),
+                rows=rows,
+                kept=rows if decision.action is Action.EXACT else _size(decision.k),
+                bytes_exact=before,
+                bytes_now=now,
+                decision=decision.action.value,
+                reason=reason,
+            )
+        )
+    totals = (saved_bytes(g, num_fwd_outputs, weights) for g in (exact, forward))
+    return Ledger(tuple(entries), *totals)
+
+
+def saved_bytes(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> int:
+    """Bytes that autograd holds between forward and backward: distinct storages of saved tensors, weights left out."""
+    return sum(storages(saved_tensors(forward, num_fwd_outputs), weights).values())
+
+
+def storages(tensors: Iterable[Node], weights: Collection[str] = ()) -> dict[int, int]:
+    """Distinct storages behind tensors: key -> bytes. Tensors that share memory with a placeholder named in ``weights``
+    are left out, since parameters and buffers are in memory anyway. Symbolic sizes count at the example's value."""
+    tensors = list(tensors)
+    graph = tensors[0].graph if tensors else None
+    skip = {_storage(n) for n in graph.find_nodes(op="placeholder") if n.name in weights} if graph else set()
+    return {
+        _storage(n): hint(n.meta["val"].untyped_storage().nbytes()) for n in tensors if _storage(n) not in skip
+    }
+
+
+def _bytes_by_source(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> dict[str, int]:
+    tensors = saved_tensors(forward, num_fwd_outputs)
+    return {view_base(n).name: sum(storages([n], weights).values()) for n in tensors}
+
+
+def _storage(node: Node) -> int:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else -1
+
+
+def _size(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)

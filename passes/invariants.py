@@ -1,0 +1,67 @@
+"""Check a sampled partition: a draw is one unit, made in the forward, read in the backward."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from wtacrs_fx.errors import InvariantError
+from wtacrs_fx.passes.policy import Action, Decision
+from wtacrs_fx.passes.sample import Sampled
+from wtacrs_fx.passes.sever import saved_tensors
+
+wtacrs = torch.ops.wtacrs
+
+
+def check_partition(
+    forward: GraphModule, backward: GraphModule, plan: Sequence[Decision], done: Sampled, num_fwd_outputs: int
+) -> None:
+    """Raise unless the two graphs agree about every draw.
+
+    - the random op runs in the forward and never in the backward;
+    - no ``select_rows`` runs in both graphs;
+    - for every early draw the tensors saved are the kept rows (k of them) and their indices, each produced by the forward;
+    - every early product of the backward reads those rows, so that it does not need the source [M, D].
+
+    Raises:
+        InvariantError: naming the node and the module. A wrong graph is never returned.
+    """
+    draws_forward, draws_backward = (_calls(g.graph, wtacrs.select_rows.default) for g in (forward, backward))
+    if _calls(backward.graph, wtacrs.draw_seed.default):
+        raise InvariantError("wtacrs: draw_seed is in the backward graph; the two graphs would draw different rows.")
+    if both := draws_forward & draws_backward:
+        raise InvariantError(f"wtacrs: {sorted(both)} would run in the forward and again in the backward.")
+    saved = saved_tensors(forward, num_fwd_outputs)
+    placeholders = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
+    nodes = {n.name: n for n in backward.graph.nodes}
+    if any(n.op == "placeholder" and n.name.startswith("wtacrs_saved_") for n in forward.graph.nodes):
+        raise InvariantError("wtacrs: a cut tensor was not joined to the forward graph.")
+    for decision in plan:
+        if decision.action is not Action.EARLY:
+            continue
+        module = decision.site.module
+        kept, rows = done.draws[decision.group]
+        for end in (kept, rows):
+            if end.name not in placeholders:
+                raise InvariantError(f"wtacrs: {end.name} of {module} is not among the tensors saved for the backward.")
+        dim = decision.site.activation.dim - (decision.site.activation.value.dim() - 2)
+        if kept.meta["val"].shape[dim] != decision.k or rows.meta["val"].shape[0] != decision.k:
+            raise InvariantError(f"wtacrs: {module} keeps {kept.meta['val'].shape}, expected {decision.k} rows.")
+        product = nodes.get(done.products[decision.site.node].name)
+        if product is None or kept.name not in {_through_transpose(a).name for a in product.args}:
+            raise InvariantError(f"wtacrs: the weight gradient of {module} does not read its kept rows.")
+    if len(saved) != len([n for n in placeholders.values() if _is_saved(n)]):
+        raise InvariantError("wtacrs: the forward and the backward disagree about the number of saved tensors.")
+
+
+def _calls(graph: Graph, target: torch._ops.OpOverload) -> set[str]:
+    return {n.name for n in graph.find_nodes(op="call_function", target=target)}
+
+
+def _through_transpose(node: Node) -> Node:
+    return node.args[0] if node.target is torch.ops.aten.permute.default else node
+
+
+def _is_saved(node: Node) -> bool:
+    special = ("tangents", "bwd_seed", "bwd_base", "bwd_rng_state")
+    return isinstance(node.meta.get("val"), torch.Tensor) and not any(s in str(node.target) for s in special)

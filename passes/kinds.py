@@ -1,0 +1,46 @@
+"""Classify every value of a joint forward-backward graph: weight, activation or gradient."""
+
+from collections.abc import Collection
+from enum import IntEnum
+
+import torch
+from torch.fx import Graph, Node
+
+
+class Kind(IntEnum):
+    """What a value depends on. A node has the largest kind among its inputs."""
+
+    WEIGHT = 0
+    """Parameters, buffers and constants only."""
+    ACTIVATION = 1
+    """The batch or random numbers, but no tangent."""
+    GRADIENT = 2
+    """A tangent: the value is linear in the gradients that enter the backward."""
+
+
+def is_tangent(node: Node) -> bool:
+    """Whether the node is a placeholder for a gradient of a forward output (AOTAutograd's naming)."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def classify(graph: Graph, weights: Collection[Node]) -> dict[Node, Kind]:
+    """Kind of every node except the output.
+
+    Args:
+        graph: joint graph; placeholders whose target contains "tangents" are gradients.
+        weights: the placeholders that are parameters or buffers. Every other placeholder is an activation.
+    """
+    kinds: dict[Node, Kind] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            kinds[node] = Kind.GRADIENT if is_tangent(node) else Kind.WEIGHT if node in weights else Kind.ACTIVATION
+        elif node.op != "output":
+            own = Kind.ACTIVATION if _is_random(node) else Kind.WEIGHT
+            kinds[node] = max((kinds[n] for n in node.all_input_nodes), default=own)
+    return kinds
+
+
+def _is_random(node: Node) -> bool:
+    if node.target is torch.ops.prims.inductor_seeds.default:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

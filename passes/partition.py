@@ -1,0 +1,158 @@
+"""Rewrite a joint graph, cut it with torch's min-cut partitioner, keep what paid, and account for it."""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import Graph, GraphModule, Node
+
+import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
+from wtacrs_fx.config import Config
+from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.passes.account import build_ledger, saved_bytes
+from wtacrs_fx.passes.invariants import check_partition
+from wtacrs_fx.passes.kinds import classify, is_tangent
+from wtacrs_fx.passes.policy import Action, Decision, decide, demote, view_base
+from wtacrs_fx.passes.sample import Sampled, sample
+from wtacrs_fx.passes.sever import Severed, saved_tensors
+from wtacrs_fx.passes.sites import find_sites, gradient_outputs, primals
+
+Partition = tuple[GraphModule, GraphModule]
+
+
+def partition(
+    joint: GraphModule,
+    joint_inputs: Any,
+    *,
+    config: Config,
+    names: Sequence[str | None] = (),
+    num_fwd_outputs: int,
+    static_lifetime_input_indices: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[GraphModule, GraphModule, Ledger | None]:
+    """Forward graph, backward graph and ledger of a joint graph.
+
+    The exact partition comes first: a tensor that it does not save is not worth a sample's bytes. Then every other site is
+    sampled early and the graph is cut again. Where the backward needs the input for something else anyway, rows saved
+    beside it would be bytes for nothing: such sites become late ones and the graph is cut a last time.
+
+    Args:
+        joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, kwargs: as AOTAutograd gives them to
+            ``min_cut_rematerialization_partition``, to which they go on.
+        config: what to sample.
+        names: per primal its parameter's name, where known.
+
+    Returns:
+        (forward, backward, ledger). A graph without tangents is partitioned exactly and has no ledger.
+    """
+
+    def cut(module: GraphModule, outputs: int) -> Partition:
+        return min_cut_rematerialization_partition(
+            module,
+            joint_inputs,
+            num_fwd_outputs=outputs,
+            static_lifetime_input_indices=list(static_lifetime_input_indices or ()),
+            **kwargs,
+        )
+
+    if not any(is_tangent(n) for n in joint.graph.nodes):
+        return (*cut(joint, num_fwd_outputs), None)
+
+    joint.graph.eliminate_dead_code()
+    joint.graph = fx_graph_cse(joint.graph)  # one node per value, so that sites that share an input share its node
+    weights = weight_placeholders(joint.graph, num_fwd_outputs, static_lifetime_input_indices)
+    sites = find_sites(
+        joint.graph,
+        classify(joint.graph, weights),
+        gradient_outputs(joint.graph, num_fwd_outputs, weights),
+        parameter_names(joint.graph, names),
+    )
+    plan = decide(sites, config)
+    weight_names = {n.name for n in weights}
+
+    exact_joint, _ = _copy(joint)
+    exact = cut(exact_joint, num_fwd_outputs)
+    best, done = exact, Sampled()
+    if any(d.action is Action.EARLY for d in plan):
+        saved = {view_base(n).name for n in saved_tensors(exact[0], num_fwd_outputs)}
+        plan, _ = demote(plan, lambda d: view_base(d.site.activation.source).name not in saved, "not saved anyway", config)
+        best, done = _sample_and_cut(joint, plan, num_fwd_outputs, cut, config)
+        in_backward = {n.name for n in best[1].graph.nodes}
+        kept = "also needed by other backward ops"
+        late, changed = demote(plan, lambda d: view_base(d.site.activation.source).name in in_backward, kept, config)
+        if changed:
+            again, done_again = _sample_and_cut(joint, late, num_fwd_outputs, cut, config)
+            bytes_again, bytes_best = (saved_bytes(p[0], num_fwd_outputs, weight_names) for p in (again, best))
+            if bytes_again <= bytes_best:
+                plan, best, done = late, again, done_again
+        check_partition(*best, plan, done, num_fwd_outputs)
+    ledger = build_ledger(plan, done, exact[0], best[0], num_fwd_outputs, weight_names)
+    _warn_if_exact(plan, config)
+    return (*best, ledger)
+
+
+def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
+    """Placeholders that are parameters or buffers.
+
+    Dynamo names them by index (``static``) and ``aot_module`` by description. A plain function traced by ``aot_function``
+    says neither: then every input with a gradient counts, so that a product with such an input stays exact.
+    """
+    inputs = primals(graph)
+    chosen = {inputs[i] for i in static or () if i < len(inputs)}
+    chosen |= {n for n in inputs if type(n.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")}
+    if not chosen:
+        chosen = set(gradient_outputs(graph, num_fwd_outputs, inputs).values())
+    return [n for n in inputs if n in chosen]
+
+
+def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str]:
+    """Placeholder -> parameter name, from ``names`` (by position) or from AOTAutograd's descriptions."""
+    result = {}
+    for i, node in enumerate(primals(graph)):
+        name = names[i] if i < len(names) else None
+        name = name or getattr(node.meta.get("desc"), "target", None)
+        if name:
+            result[node] = name
+    return result
+
+
+def _sample_and_cut(
+    joint: GraphModule,
+    plan: Sequence[Decision],
+    num_fwd_outputs: int,
+    cut: Callable[[GraphModule, int], Partition],
+    config: Config,
+) -> tuple[Partition, Sampled]:
+    module, env = _copy(joint)
+    severed = Severed(module.graph)
+    done = sample(module.graph, plan, env, severed, config)
+    outputs = severed.extend_outputs(num_fwd_outputs)
+    module.graph.lint()
+    forward, backward = cut(module, outputs)
+    severed.join(forward, num_fwd_outputs)
+    return (forward, backward), done
+
+
+def _copy(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
+    graph, env = Graph(), {}
+    output = joint.graph.output_node()
+    new_output = graph.output(graph.graph_copy(joint.graph, env))
+    new_output.meta.update(output.meta)
+    return GraphModule(joint, graph), env
+
+
+def _warn_if_exact(plan: Sequence[Decision], config: Config) -> None:
+    if config.ratio == 1 or any(d.action is not Action.EXACT for d in plan):
+        return
+    reasons = Counter(d.reason.partition(" (")[0] for d in plan)
+    why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "it has no weight-gradient product"
+    warnings.warn(
+        f"wtacrs: nothing is sampled in this graph, it trains exactly: {why}. "
+        "See the ledger; the options min_rows, min_bytes, include, exclude and late decide.",
+        WtacrsWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,185 @@
+"""Act: replace exact weight-gradient products by products of sampled rows.
+
+Early (rows chosen in the forward, before the cut into forward and backward)::
+
+    view: f32[M, D]                                 view: f32[M, D]
+                                                    sum_1: f32[M] = (view * view).sum(1).sqrt()
+                                                    select_rows = wtacrs.select_rows(sum_1, seed, stream, k, estimator)
+                                                    rows: f32[k, D] = view[select_rows.0] * select_rows.1[:, None]
+    ...                                      ->     ...
+    permute: f32[O, M] = permute(grad, [1, 0])      index: f32[k, O] = grad[select_rows.0]
+    mm: f32[O, D] = mm(permute, view)               mm: f32[O, D] = mm(index.T, rows)
+
+Late: the same in the backward, with ``|view_i| |grad_i|`` as the importance.
+"""
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from wtacrs_fx.config import Config
+from wtacrs_fx.passes.emit import Emitter
+from wtacrs_fx.passes.policy import RATIO_STEPS, Action, Decision, ratio_numerator
+from wtacrs_fx.passes.sever import Severed
+from wtacrs_fx.passes.sites import Site
+
+aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
+
+
+@dataclass
+class Sampled:
+    """What :func:`sample` did: rewrites by kind, and the kept rows of each early draw (their node after the cut)."""
+
+    early: int = 0
+    late: int = 0
+    draws: dict[tuple, tuple[Node, Node]] = field(default_factory=dict)
+    """Draw group -> placeholders (rows, row index) that the backward reads."""
+    products: dict[Node, Node] = field(default_factory=dict)
+    """Site's product in the original graph -> its replacement."""
+
+
+def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], severed: Severed, config: Config) -> Sampled:
+    """Rewrite every early and late site of the plan; exact ones, and a graph without any, stay as they are.
+
+    Args:
+        graph: joint graph to change.
+        plan: decisions on sites of the original graph.
+        env: node of the original graph -> node of ``graph``.
+        severed: receives the tensors that must be computed in the forward and handed to the backward.
+        config: estimator and seed.
+    """
+    done = Sampled()
+    rewriter = _Rewriter(graph, env, severed, config)
+    for decision in plan:
+        if decision.action is Action.EARLY:
+            if decision.group not in done.draws:
+                done.draws[decision.group] = rewriter.keep_rows(decision)
+            done.products[decision.site.node] = rewriter.early(decision, *done.draws[decision.group])
+            done.early += 1
+        elif decision.action is Action.LATE:
+            done.products[decision.site.node] = rewriter.late(decision)
+            done.late += 1
+    return done
+
+
+class _Rewriter:
+    def __init__(self, graph: Graph, env: Mapping[Node, Node], severed: Severed, config: Config) -> None:
+        self.graph, self.env, self.severed, self.config = graph, env, severed, config
+        self.streams = 0
+        self.seeds: dict[torch.device, tuple[Node, Node]] = {}
+        self.norms: dict[tuple[Node, int], Node] = {}
+
+    def keep_rows(self, decision: Decision) -> tuple[Node, Node]:
+        """Choose and gather rows of H right behind it, in the forward; returns the backward's (rows, row index)."""
+        source = self.env[decision.site.activation.source]
+        seed, _ = self._seed(source)
+        with self.graph.inserting_before(source.next):
+            emit = Emitter(self.graph, source, tag="must_be_in_forward")
+            h, dim = _matrix(emit, source, decision.site.activation.dim)
+            rows, scale = self._select(emit, _norms(emit, h, dim), seed, decision)
+            kept = _gather_scaled(emit, h, dim, rows, scale)
+        return self.severed.cut(kept), self.severed.cut(rows)
+
+    def early(self, decision: Decision, kept: Node, rows: Node) -> Node:
+        """``G^T H`` becomes ``G[rows]^T (scale * H[rows])``."""
+        site = decision.site
+        node = self.env[site.node]
+        with self.graph.inserting_before(node):
+            emit = Emitter(self.graph, node)
+            g, g_dim = _matrix(emit, self.env[site.gradient.source], site.gradient.dim)
+            g_rows = _gather(emit, g, g_dim, rows)
+            dim = site.activation.dim % 2 if site.activation.value.dim() == 2 else site.activation.dim - 1
+            return self._replace(emit, site, node, (kept, dim), (g_rows, g_dim))
+
+    def late(self, decision: Decision) -> Node:
+        """The same with rows chosen in the backward by ``|h_i| |g_i|``, the importance of least variance."""
+        site = decision.site
+        node = self.env[site.node]
+        _, seed = self._seed(self.env[site.activation.source])
+        with self.graph.inserting_before(node):
+            emit = Emitter(self.graph, node)
+            h, h_dim = _matrix(emit, self.env[site.activation.source], site.activation.dim)
+            g, g_dim = _matrix(emit, self.env[site.gradient.source], site.gradient.dim)
+            for matrix, dim in ((h, h_dim), (g, g_dim)):
+                if (matrix, dim) not in self.norms:
+                    self.norms[matrix, dim] = _norms(emit, matrix, dim)
+            importance = emit(aten.mul.Tensor, self.norms[h, h_dim], self.norms[g, g_dim])
+            rows, scale = self._select(emit, importance, seed, decision)
+            kept = _gather_scaled(emit, h, h_dim, rows, scale)
+            return self._replace(emit, site, node, (kept, h_dim), (_gather(emit, g, g_dim, rows), g_dim))
+
+    def _seed(self, like: Node) -> tuple[Node, Node]:
+        """(seed in the forward, its copy for the backward), one draw per device and graph."""
+        device = like.meta["val"].device
+        if device not in self.seeds:
+            with self.graph.inserting_before(_first_call(self.graph)):
+                emit = Emitter(self.graph, like, tag="must_be_in_forward")
+                seed = emit(wtacrs.draw_seed.default, device, self.config.seed)
+            self.seeds[device] = (seed, self.severed.cut(seed))
+        return self.seeds[device]
+
+    def _select(self, emit: Emitter, importance: Node, seed: Node, decision: Decision) -> tuple[Node, Node]:
+        k = self._size(emit, importance, decision)
+        both = emit(wtacrs.select_rows.default, importance, seed, self.streams, k, self.config.estimator)
+        self.streams += 1
+        return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
+
+    def _size(self, emit: Emitter, importance: Node, decision: Decision) -> "int | Node":
+        if isinstance(decision.k, int):
+            return decision.k
+        rows = emit(aten.sym_size.int, importance, 0)
+        scaled = emit(operator.mul, rows, ratio_numerator(self.config.ratio))
+        return emit(operator.floordiv, emit(operator.add, scaled, RATIO_STEPS - 1), RATIO_STEPS)
+
+    def _replace(self, emit: Emitter, site: Site, node: Node, h: tuple[Node, int], g: tuple[Node, int]) -> Node:
+        left, right = (h, g) if site.activation_first else (g, h)
+        product = emit(aten.mm.default, _contract(emit, *left, to=1), _contract(emit, *right, to=0))
+        result = product
+        if node.target is aten.bmm.default:
+            result = emit(aten.unsqueeze.default, product, 0)
+        node.replace_all_uses_with(result)
+        self.graph.erase_node(node)
+        return product
+
+
+def _first_call(graph: Graph) -> Node:
+    return next(n for n in graph.nodes if n.op != "placeholder")
+
+
+def _matrix(emit: Emitter, node: Node, dim: int) -> tuple[Node, int]:
+    """Drop a leading dimension of 1."""
+    if node.meta["val"].dim() == 2:
+        return node, dim
+    return emit(aten.squeeze.dim, node, 0), dim - 1
+
+
+def _norms(emit: Emitter, matrix: Node, dim: int) -> Node:
+    """Euclidean norm of each row, [M], at least float32 inside whatever the matrix is stored in."""
+    x = _as_float32(emit, matrix)
+    return emit(aten.sqrt.default, emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, x, x), [1 - dim]))
+
+
+def _as_float32(emit: Emitter, node: Node) -> Node:
+    if node.meta["val"].dtype in (torch.float32, torch.float64):
+        return node
+    return emit(prims.convert_element_type.default, node, torch.float32)
+
+
+def _gather(emit: Emitter, matrix: Node, dim: int, rows: Node) -> Node:
+    return emit(aten.index.Tensor, matrix, [rows] if dim == 0 else [None, rows])
+
+
+def _gather_scaled(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
+    """``scale * matrix[rows]``, multiplied in float32: a scale rounded to bfloat16 would bias every row alike."""
+    dtype = matrix.meta["val"].dtype
+    column = emit(aten.unsqueeze.default, scale, 1 - dim)
+    kept = emit(aten.mul.Tensor, _as_float32(emit, _gather(emit, matrix, dim, rows)), column)
+    return kept if kept.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, kept, dtype)
+
+
+def _contract(emit: Emitter, matrix: Node, dim: int, to: int) -> Node:
+    """Transpose if needed so that the contracted dimension ``dim`` becomes dimension ``to``."""
+    return matrix if dim == to else emit(aten.permute.default, matrix, [1, 0])

@@ -1,0 +1,170 @@
+"""Find the sites: weight-gradient products ``G^T H`` in a joint graph.
+
+Before and after functionalisation every way of writing a linear layer (``nn.Linear``, ``Conv1D``, ``matmul``, ``@``,
+``einsum``, adapters) leaves the same thing in the backward: a two-dimensional product of a gradient and an activation,
+contracted over tokens, whose result goes to a parameter's gradient and meets no other activation on its way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from wtacrs_fx.passes.kinds import Kind
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.mm.default, aten.bmm.default)
+_TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A factor of a product: the tensor behind its transposes, and the dimension that holds the rows (tokens)."""
+
+    source: Node
+    dim: int
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.source.meta["val"]
+
+    @property
+    def rows(self) -> "int | torch.SymInt":
+        return self.value.shape[self.dim]
+
+    @property
+    def width(self) -> "int | torch.SymInt":
+        """Features per row. The source is [M, D], [D, M], or one of these with a leading dimension of 1."""
+        return self.value.shape[-2 if self.dim % self.value.dim() == self.value.dim() - 1 else -1]
+
+
+@dataclass(frozen=True)
+class Site:
+    """``node`` computes ``G^T H`` or ``H^T G`` (``activation`` is H [M, D], ``gradient`` is G [M, O])."""
+
+    node: Node
+    activation: Operand
+    gradient: Operand
+    activation_first: bool
+    module: str
+
+
+def find_sites(
+    graph: Graph,
+    kinds: Mapping[Node, Kind],
+    grads: Mapping[Node, Node],
+    names: Mapping[Node, str],
+) -> list[Site]:
+    """All weight-gradient products, in graph order.
+
+    Args:
+        graph: joint graph, with ``meta["val"]`` on its nodes.
+        kinds: from :func:`wtacrs_fx.passes.kinds.classify`.
+        grads: gradient output node -> the parameter placeholder it belongs to.
+        names: parameter placeholder -> name such as ``encoder.0.query.weight``, where known.
+    """
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in PRODUCTS:
+            continue
+        first, second = node.args
+        pair = {kinds[first], kinds[second]}
+        if pair != {Kind.ACTIVATION, Kind.GRADIENT} or not _is_matrix(node):
+            continue
+        parameter = _parameter_of(node, kinds, grads)
+        if parameter is None:
+            continue
+        activation_first = kinds[first] is Kind.ACTIVATION
+        left, right = _operand(first, -1), _operand(second, -2)
+        activation, gradient = (left, right) if activation_first else (right, left)
+        found.append(Site(node, activation, gradient, activation_first, _name(node, names.get(parameter, ""))))
+    return found
+
+
+def _is_matrix(node: Node) -> bool:
+    """A plain product of real floating-point matrices; a batch of one (einsum writes those) counts as none."""
+    value = node.meta["val"]
+    batched = value.dim() == 3 and not (isinstance(value.shape[0], int) and value.shape[0] == 1)
+    return value.dtype.is_floating_point and not batched
+
+
+def _operand(node: Node, dim: int) -> Operand:
+    """Strip transposes of the last two dimensions; ``dim`` (-1 or -2) is the contracted one."""
+    while node.target in _TRANSPOSES and isinstance(source := node.args[0], Node):
+        order = _permutation(node)
+        rank = len(order)
+        if order == list(range(rank)):
+            node = source
+        elif order == [*range(rank - 2), rank - 1, rank - 2]:
+            node, dim = source, -3 - dim
+        else:
+            break
+    return Operand(node, node.meta["val"].dim() + dim)
+
+
+def _permutation(node: Node) -> list[int]:
+    rank = node.meta["val"].dim()
+    order = list(range(rank))
+    if node.target is aten.permute.default:
+        return [d % rank for d in node.args[1]]
+    if node.target is aten.transpose.int:
+        a, b = node.args[1] % rank, node.args[2] % rank
+        order[a], order[b] = order[b], order[a]
+        return order
+    return order[::-1]
+
+
+def _parameter_of(node: Node, kinds: Mapping[Node, Kind], grads: Mapping[Node, Node]) -> Node | None:
+    """The parameter whose gradient the product is, or None.
+
+    Everything computed from a weight gradient meets weights and other gradients only, and ends in gradients of
+    parameters: noise put there stays there. Anything else is a gradient that flows on through the model.
+    """
+    parameter = None
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current in grads:
+            parameter = grads[current]
+        for user in current.users:
+            if user.op == "output":
+                if current not in grads:
+                    return None
+            elif user not in seen:
+                if any(kinds[n] is Kind.ACTIVATION for n in user.all_input_nodes):
+                    return None
+                seen.add(user)
+                stack.append(user)
+    return parameter
+
+
+def _name(node: Node, parameter: str) -> str:
+    """Module name of a site: where the product was written, or the parameter itself if that is not a ``weight``."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
+    module = clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
+    owner, _, member = parameter.rpartition(".")
+    if module and (member == "weight" or owner != module):
+        return module
+    return owner if member == "weight" and owner else parameter or module or node.name
+
+
+def clean_module_path(path: str) -> str:
+    """``L['self'].encoder.layer.0`` -> ``encoder.layer.0``; a bare root becomes the empty string."""
+    if path.startswith(("L[", "G[")):
+        path = path.partition("]")[2]
+    return path.lstrip(".").replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")
+
+
+def gradient_outputs(graph: Graph, num_fwd_outputs: int, weights: Sequence[Node]) -> dict[Node, Node]:
+    """Gradient output node -> parameter placeholder. AOTAutograd returns one gradient per primal, in order, after the
+    forward's outputs."""
+    outputs = list(graph.output_node().args[0])[num_fwd_outputs:]
+    return {g: p for p, g in zip(primals(graph), outputs) if isinstance(g, Node) and p in weights}
+
+
+def primals(graph: Graph) -> list[Node]:
+    """The placeholders that are inputs of the forward, in order."""
+    other = ("tangents", "fwd_seed", "fwd_base", "bwd_seed", "bwd_base")
+    return [n for n in graph.find_nodes(op="placeholder") if not any(tag in str(n.target) for tag in other)]

@@ -1,0 +1,190 @@
+"""``torch.compile(model, backend="wtacrs")``: options -> partitioner -> Inductor."""
+
+import functools
+import hashlib
+import importlib.metadata
+import re
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch.fx import GraphModule
+
+from wtacrs_fx.config import Config
+from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.passes.partition import partition
+from wtacrs_fx.passes.sites import clean_module_path
+
+TESTED = ((2, 11), (2, 14))
+"""Oldest and newest torch (major, minor) that the package is meant for."""
+
+_ledgers: deque[Ledger] = deque(maxlen=256)
+
+
+def ledgers() -> list[Ledger]:
+    """Ledgers of the training graphs compiled in this process, oldest first (the last 256).
+
+    A graph that Inductor took from its cache on disk was not partitioned here and has none.
+    """
+    return list(_ledgers)
+
+
+class Partitioner(CustomPartitionerFn):
+    """Partitions joint graphs with sampled weight gradients. Made by :func:`partitioner`.
+
+    Drop-in for ``partition_fn`` of ``functorch.compile.aot_function`` and for Inductor's ``custom_partitioner_fn``.
+    ``ledgers`` collects one ledger per training graph.
+    """
+
+    def __init__(self, config: Config, names: Sequence[str | None] = ()) -> None:
+        self.config, self.names = config, tuple(names)
+        self.ledgers: list[Ledger] = []
+
+    def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        forward, backward, ledger = partition(gm, joint_inputs, config=self.config, names=self.names, **kwargs)
+        if ledger is not None:
+            self.ledgers.append(ledger)
+            _ledgers.append(ledger)
+            if self.config.verbose:
+                print(ledger.table(), file=sys.stderr)
+        return forward, backward
+
+    def uuid(self) -> str:
+        """Identity for Inductor's caches: source of the package, version of torch, every option, the names it matches."""
+        parts = (source_hash(), torch.__version__, self.config.fingerprint(), repr(self.names))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def partitioner(**options: Any) -> Partitioner:
+    """A ``partition_fn`` for AOTAutograd: ``aot_function(f, ..., partition_fn=wtacrs_fx.partitioner(ratio=0.3))``.
+
+    Args: the fields of :class:`wtacrs_fx.Config`; those about Inductor have no effect. Raises: as Config does.
+    """
+    return Partitioner(Config.from_options(options))
+
+
+class Backend:
+    """A backend object for ``torch.compile``: ``torch.compile(model, backend=wtacrs_fx.Backend(ratio=0.3))``.
+
+    Args:
+        config: a :class:`wtacrs_fx.Config`; or
+        options: its fields as keywords.
+
+    Raises:
+        TypeError, ValueError: as Config does; also if both are given.
+    """
+
+    def __init__(self, config: Config | None = None, **options: Any) -> None:
+        if config is not None and options:
+            raise TypeError(f"Backend(config, {', '.join(options)}=...): give a Config or options, not both.")
+        self.config = Config.from_options(options) if config is None else Config.from_options(config)
+        self.ledgers: list[Ledger] = []
+
+    @property
+    def ledger(self) -> Ledger:
+        """Ledger of the last training graph. Raises RuntimeError if there is none, with the reason."""
+        if not self.ledgers:
+            raise RuntimeError(
+                "no ledger: no training graph was compiled yet by this backend, or Inductor took it from its cache on "
+                "disk (set TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 to compile afresh)."
+            )
+        return self.ledgers[-1]
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+    ) -> Callable[..., Any]:
+        if options:
+            raise TypeError("options= beside a wtacrs_fx.Backend object: give them to the object, Backend(ratio=...).")
+        check_torch_version()
+        partition_fn = Partitioner(self.config, _parameter_names(gm))
+        partition_fn.ledgers = self.ledgers
+        compile_graph = _compile_eager if self.config.inner == "eager" else _compile_inductor
+        return compile_graph(gm, example_inputs, partition_fn, mode)
+
+
+def wtacrs(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend behind the string "wtacrs" (entry point of the group ``torch_dynamo_backends``).
+
+    ``options`` are the fields of :class:`wtacrs_fx.Config`; ``mode`` is one of Inductor's and is translated to its options.
+    """
+    return Backend(Config.from_options(options))(gm, example_inputs, mode=mode)
+
+
+def _compile_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
+) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
+    patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
+    return compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": partition_fn})
+
+
+def _compile_eager(
+    gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
+) -> Callable[..., Any]:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+    from torch._inductor.compile_fx import select_decomp_table
+
+    if mode not in (None, "default"):
+        raise ValueError(f"mode={mode!r} with inner='eager': modes are Inductor's; leave one of the two out.")
+    compile_aot = aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        decompositions=select_decomp_table,
+        partition_fn=functools.partial(partition_fn, compiler="inductor"),
+    )
+    return compile_aot(gm, example_inputs)
+
+
+def _parameter_names(gm: GraphModule) -> list[str | None]:
+    """Names such as ``encoder.0.query.weight`` for those inputs of a Dynamo graph that are parameters or buffers."""
+    names: list[str | None] = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        member = re.search(r"_(?:parameters|buffers)_(?P<name>\w+?)_?$", str(node.target))
+        stack = node.meta.get("nn_module_stack")
+        owner = clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
+        names.append(f"{owner}.{member['name']}".lstrip(".") if member else None)
+    return names
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash over the package's source files, so that no compiled graph outlives the code that made it."""
+    digest = hashlib.sha256()
+    for module in ("wtacrs_fx", "wtacrs_fx.passes"):
+        for path in sorted(Path(sys.modules[module].__file__ or "").parent.glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def check_torch_version() -> None:
+    """Warn once if torch is older or newer than the versions this package is meant for."""
+    version = tuple(int(x) for x in torch.__version__.split(".")[:2])
+    if not TESTED[0] <= version <= TESTED[1]:
+        oldest, newest = (".".join(map(str, v)) for v in TESTED)
+        warnings.warn(
+            f"wtacrs-fx {importlib.metadata.version('wtacrs-fx')} was tested with torch {oldest} to {newest}, this is "
+            f"torch {torch.__version__}; if it fails, install a torch in that range.",
+            WtacrsWarning,
+            stacklevel=2,
+        )

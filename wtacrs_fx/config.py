@@ -1,0 +1,168 @@
+"""Options: the one place where they are defined, documented and checked."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from wtacrs_fx.estimators import ESTIMATORS
+
+OUTPUT_HEADS = (
+    "*lm_head",
+    "*classifier",
+    "*classifier.*",
+    "*score",
+    "*qa_outputs",
+    "*embed_out",
+    "cls.*",
+    "head",
+    "heads.*",
+    "*.head",
+    "*_head",
+)
+"""Names that output heads go by in Hugging Face, timm and torchvision models."""
+
+
+def _option(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to sample and how. Every value is checked when the object is made.
+
+    The same names are accepted by ``torch.compile(..., backend="wtacrs", options={...})``,
+    ``wtacrs_fx.Backend(...)`` and ``wtacrs_fx.partitioner(...)``. ``Config.table()`` prints
+    the fields with their defaults and meanings.
+
+    Raises:
+        TypeError: an unknown option (the nearest known name is suggested) or a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    ratio: float = _option(
+        0.3,
+        "Share of rows (tokens) of a linear layer's input kept for the weight gradient, 0 < ratio <= 1; "
+        "ceil(ratio * rows) rows are kept. 1 trains exactly.",
+    )
+    estimator: str = _option(
+        "wta_crs",
+        "How rows are chosen: 'crs', 'wta_crs', 'systematic' (all unbiased) or 'topk' (biased; for comparison only).",
+    )
+    min_rows: int = _option(128, "Products over fewer rows than this stay exact. Rows.")
+    min_bytes: int = _option(65536, "Inputs smaller than this stay exact. Bytes.")
+    include: tuple[str, ...] = _option(
+        ("*",), "Only sites whose module name matches one of these patterns (fnmatch, e.g. '*.query') are sampled."
+    )
+    exclude: tuple[str, ...] = _option(
+        OUTPUT_HEADS, "Sites whose module name matches one of these patterns stay exact. Default: output heads."
+    )
+    late: str = _option(
+        "sample",
+        "What to do where the input is in memory in the backward anyway: 'sample' (rows chosen by the true gradient; "
+        "saves FLOPs) or 'exact'.",
+    )
+    seed: int | None = _option(
+        None, "None: draws follow torch.manual_seed. An integer: draws come from a generator of their own."
+    )
+    inner: str = _option("inductor", "What compiles the partitioned graphs: 'inductor' or 'eager' (for debugging).")
+    inductor: Mapping[str, Any] = _option((), "Inductor's own options, passed through, e.g. {'max_autotune': True}.")
+    verbose: bool = _option(False, "Print the ledger of every training graph after it was partitioned.")
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        object.__setattr__(self, "inductor", _inductor_options(self.inductor))
+        _check_number("ratio", self.ratio, float, lambda r: 0 < r <= 1, "a number with 0 < ratio <= 1, such as 0.3")
+        _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        _check_choice("late", self.late, ("sample", "exact"))
+        _check_choice("inner", self.inner, ("inductor", "eager"))
+        _check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
+        _check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
+        if self.seed is not None:
+            _check_number(
+                "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
+            )
+        if not isinstance(self.verbose, bool):
+            raise TypeError(f"verbose={self.verbose!r}: expected True or False.")
+
+    @classmethod
+    def from_options(cls, options: "Mapping[str, Any] | Config | None" = None) -> "Config":
+        """A Config from the ``options=`` dict of ``torch.compile``; unknown keys are refused.
+
+        Raises:
+            TypeError: ``options`` is neither a mapping nor a Config, or has an unknown key.
+        """
+        if isinstance(options, Config):
+            return options
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise TypeError(f"options={options!r}: expected a dict such as {{'ratio': 0.3}}.")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"Did you mean {near[0]!r}? " if near else ""
+                raise TypeError(
+                    f"unknown wtacrs option {key!r}. {hint}Known options: {', '.join(known)}. "
+                    "Inductor's own options go under 'inductor', e.g. options={'inductor': {'max_autotune': True}}."
+                )
+        return cls(**options)
+
+    def fingerprint(self) -> str:
+        """A hash over every option, for cache keys. Equal options give equal fingerprints in every process."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["inductor"] = sorted((k, repr(v)) for k, v in self.inductor.items())
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def table(cls) -> str:
+        """The options as a Markdown table (the README's table is made by this)."""
+        rows = []
+        for f in dataclasses.fields(cls):
+            default = "output heads" if f.name == "exclude" else repr({} if f.name == "inductor" else f.default)
+            rows.append((f"`{f.name}`", f"`{default}`", f.metadata["doc"]))
+        return tabulate(rows, headers=("option", "default", "meaning"), tablefmt="github")
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, (tuple, list)) or not all(isinstance(p, str) for p in value):
+        raise TypeError(f"{name}={value!r}: expected a pattern or a list of patterns over module names, e.g. '*.query'.")
+    return tuple(value)
+
+
+def _inductor_options(value: Any) -> dict[str, Any]:
+    if value == ():
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"inductor={value!r}: expected a dict of Inductor options, e.g. {{'max_autotune': True}}.")
+    if "custom_partitioner_fn" in value:
+        raise ValueError(
+            "inductor={'custom_partitioner_fn': ...}: wtacrs is itself the partitioner; remove this option, or call "
+            "wtacrs_fx.partitioner(...) from your own."
+        )
+    return dict(value)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
+
+
+def _check_number(name: str, value: Any, kind: type, ok: Any, expected: str) -> None:
+    allowed = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise TypeError(f"{name}={value!r}: expected {expected}.")
+    if not math.isfinite(value) or not ok(value):
+        raise ValueError(f"{name}={value!r}: expected {expected}.")

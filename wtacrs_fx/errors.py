@@ -1,0 +1,9 @@
+"""Warnings and errors of the package, so that they can be filtered or caught by class."""
+
+
+class WtacrsWarning(UserWarning):
+    """Something differs from what was asked, or will surprise: said once, with what to change."""
+
+
+class InvariantError(RuntimeError):
+    """A partitioned graph failed the check that every draw is one unit. Nothing wrong was trained: compilation stops."""

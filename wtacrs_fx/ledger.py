@@ -1,0 +1,89 @@
+"""The ledger: what is saved for the backward at every site, before and now, and why."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site."""
+
+    module: str
+    op: str
+    shape: tuple[int | str, ...]
+    """Of the activation whose rows are sampled."""
+    dtype: str
+    rows: int | str
+    """Rows in all (M)."""
+    kept: int | str
+    """Rows that the weight gradient is computed from; equal to ``rows`` if exact."""
+    bytes_exact: int
+    """Bytes of the input held for the backward by the exact partition; 0 if not saved, or counted at another site."""
+    bytes_now: int
+    """Bytes of the input, or of its kept rows and their indices, held by this partition."""
+    decision: str
+    """"early", "late" or "exact"."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All sites of one training graph and what autograd holds for it in all.
+
+    ``saved_bytes`` and ``saved_bytes_exact`` count each storage once; parameters and buffers are left out, graph inputs
+    that the backward needs (token ids, masks) are in.
+    """
+
+    entries: tuple[Entry, ...]
+    saved_bytes_exact: int
+    saved_bytes: int
+
+    def count(self, decision: str) -> int:
+        """Number of sites with a decision: "early", "late" or "exact"."""
+        return sum(e.decision == decision for e in self.entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> str:
+        """One line per site and the totals, as text."""
+        rows = [
+            (
+                e.module,
+                e.op,
+                "x".join(map(str, e.shape)),
+                e.dtype,
+                f"{e.kept}/{e.rows}",
+                format_bytes(e.bytes_exact),
+                format_bytes(e.bytes_now),
+                e.decision,
+                e.reason,
+            )
+            for e in self.entries
+        ]
+        headers = ("module", "op", "input", "dtype", "rows kept", "exact", "now", "decision", "reason")
+        return f"{tabulate(rows, headers, disable_numparse=True)}\n{self.summary()}"
+
+    def summary(self) -> str:
+        """The totals in one line."""
+        share = self.saved_bytes / self.saved_bytes_exact if self.saved_bytes_exact else 1.0
+        return (
+            f"saved for backward: exact {format_bytes(self.saved_bytes_exact)}, now {format_bytes(self.saved_bytes)} "
+            f"({share:.2f}x); sites: {self.count('early')} early, {self.count('late')} late, {self.count('exact')} exact"
+        )
+
+
+def format_bytes(n: int) -> str:
+    """``1536`` -> ``1.5 KiB``; 0 -> ``-``."""
+    if n == 0:
+        return "-"
+    value = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

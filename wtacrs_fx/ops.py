@@ -1,0 +1,54 @@
+"""The custom ops that rewritten graphs call: ``torch.ops.wtacrs.draw_seed`` and ``torch.ops.wtacrs.select_rows``.
+
+Only ``draw_seed`` is random. It runs once per forward graph; what is chosen, in the forward and in the backward, is a
+pure function of its result, so no plan of any partitioner can make the two disagree.
+"""
+
+import torch
+from torch import Tensor
+
+from wtacrs_fx import rng
+from wtacrs_fx.estimators import ESTIMATORS
+
+
+@torch.library.custom_op(
+    "wtacrs::draw_seed",
+    mutates_args=(),
+    # Its value must be fresh at every call, so it stays outside of captured CUDA graphs; the rest may go in.
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
+)
+def draw_seed(device: torch.device, seed: int | None = None) -> Tensor:
+    """A fresh seed, int64 [1] on ``device``, without waiting for it. See :func:`wtacrs_fx.rng.next_seed`."""
+    return torch.full((1,), rng.next_seed(seed), dtype=torch.int64, device=device)
+
+
+@draw_seed.register_fake
+def _(device: torch.device, seed: int | None = None) -> Tensor:
+    return torch.empty((1,), dtype=torch.int64, device=device)
+
+
+@torch.library.custom_op("wtacrs::select_rows", mutates_args=())
+def select_rows(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> tuple[Tensor, Tensor]:
+    """Choose rows for an estimate of ``sum_i g_i h_i^T``; see :mod:`wtacrs_fx.estimators`.
+
+    Args:
+        importance: [M], floating point, any values (NaN, inf and negative ones are dealt with).
+        seed: int64 [1] from ``draw_seed``. Equal arguments give equal rows.
+        stream: tells the draws of one seed apart, one number per draw of a graph.
+        k: rows to keep, at least 1.
+        estimator: "crs", "wta_crs", "systematic" or "topk".
+
+    Returns:
+        (row index int64 [min(k, M)], scale float32 [min(k, M)]).
+    """
+
+    def uniform(substream: int, n: int) -> Tensor:
+        return rng.uniform(seed, 4 * stream + substream, n)
+
+    return ESTIMATORS[estimator](importance, k, uniform)
+
+
+@select_rows.register_fake
+def _(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> tuple[Tensor, Tensor]:
+    n = torch.sym_min(k, importance.shape[0])
+    return importance.new_empty((n,), dtype=torch.int64), importance.new_empty((n,), dtype=torch.float32)

@@ -1,0 +1,81 @@
+"""Random numbers: one seed per forward from torch's generator, everything else a pure function of that seed.
+
+Three demands meet here. Draws follow ``torch.manual_seed``. Draws do not move the stream that dropout and data loaders
+read, so that an exact and a sampled run from one seed see the same masks and the same batches. And nothing waits for the
+device or is frozen into a CUDA graph. Hence :func:`next_seed` reads the CPU generator on the host without advancing it,
+and :func:`uniform` expands the resulting seed on the device by counters.
+"""
+
+import ctypes
+import hashlib
+
+import torch
+from torch import Tensor
+
+_WORD0 = 3
+"""Index, in 8-byte units, of the first Mersenne Twister word in torch's CPU generator state: the seed (8 bytes), two
+4-byte fields and the position (8 bytes) stand before it."""
+
+_SPARE_BITS = 0x7FFF_FFFF
+_GOLDEN = 0x9E3779B97F4A7C15
+
+_private: dict[int, torch.Generator] = {}
+"""Generators for ``Config(seed=...)``, one per seed and process, as torch keeps one default generator per process."""
+
+
+def next_seed(seed: int | None = None) -> int:
+    """A fresh 63-bit seed on the host.
+
+    ``seed=None``: a hash of the state of torch's default CPU generator, whose stream of numbers is left as it was. So
+    that two calls in a row differ, the state is marked in bits that the stream does not depend on: the Mersenne Twister
+    MT19937 keeps 624 words of 32 bits, of which only 19937 bits are its state; the low 31 bits of word 0 are overwritten
+    without being read when the next block of words is made. ``torch.manual_seed`` and ``torch.set_rng_state`` restore
+    them, and with them the draws. An integer: the next number of a generator of its own, started at that seed.
+    """
+    if seed is not None:
+        if seed not in _private:
+            _private[seed] = torch.Generator().manual_seed(seed)
+        return int(torch.randint(0, 2**63 - 1, (), generator=_private[seed]))
+    state = torch.get_rng_state()
+    digest = hashlib.blake2b(ctypes.string_at(state.data_ptr(), state.numel()), digest_size=8).digest()
+    words = state.view(torch.int64)
+    word = int(words[_WORD0])
+    words[_WORD0] = (word & ~_SPARE_BITS) | ((word + 1) & _SPARE_BITS)
+    torch.set_rng_state(state)
+    return int.from_bytes(digest, "little") >> 1
+
+
+def uniform(seed: Tensor, stream: int, n: int) -> Tensor:
+    """n float64 numbers in [0, 1), a pure function of (seed, stream, position).
+
+    ``u_i = mix(mix(seed + mix(stream)) + i * golden) / 2^64`` to 53 bits, with the finaliser of SplitMix64 (Steele, Lea
+    and Flood, OOPSLA 2014) in wrapping 64-bit arithmetic, so that it runs on any device in a few pointwise kernels.
+
+    Args: seed, int64 [1] on the device of the result; stream, any integer; n >= 0. Returns: float64 [n].
+    """
+    start = _mix(seed + _signed(_mix_host(stream)))
+    z = _mix(start + torch.arange(1, n + 1, device=seed.device) * _signed(_GOLDEN))
+    return _shift(z, 11).to(torch.float64) * 2.0**-53
+
+
+def _signed(x: int) -> int:
+    x &= 2**64 - 1
+    return x - 2**64 if x >= 2**63 else x
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right (torch's is arithmetic)."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _mix_host(z: int) -> int:
+    z = (z + _GOLDEN) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return z ^ (z >> 31)
