@@ -31,6 +31,8 @@ def build_ledger(
         if decision.group in first_of:  # bytes are counted once, at the first site
             before = now = 0
             reason = reason or f"shared with {first_of[decision.group]}"
+        elif decision.action is Action.LATE:
+            now += sum(storages([done.norms[decision.group]]).values())
         elif decision.action is Action.EARLY:
             now = sum(storages(done.draws[decision.group]).values())
         first_of.setdefault(decision.group, site.module)

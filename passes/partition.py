@@ -1,8 +1,9 @@
 """Rewrite a joint graph, cut it with torch's min-cut partitioner, keep what paid, and account for it."""
 
+import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch._functorch.compile_utils import fx_graph_cse
@@ -16,7 +17,7 @@ from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.account import build_ledger, saved_bytes
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import classify, is_tangent
-from wtacrs_fx.passes.policy import Action, Decision, decide, demote, view_base
+from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import find_sites, gradient_outputs, primals
@@ -36,9 +37,10 @@ def partition(
 ) -> tuple[GraphModule, GraphModule, Ledger | None]:
     """Forward graph, backward graph and ledger of a joint graph.
 
-    The exact partition comes first: a tensor that it does not save is not worth a sample's bytes. Then every other site is
-    sampled early and the graph is cut again. Where the backward needs the input for something else anyway, rows saved
-    beside it would be bytes for nothing: such sites become late ones and the graph is cut a last time.
+    The exact partition is made for comparison. Then every admitted site is sampled late and the graph is cut: the backward
+    now needs inputs at their kept rows only, and most can be computed from tensors saved for something else. Inputs that
+    this cut saves for nothing but their own site become early sites, whose kept rows are smaller, and the graph is cut
+    again. (A third sampled cut is needed only if the backward turns out to hold such an input all the same.)
 
     Args:
         joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, kwargs: as AOTAutograd gives them to
@@ -65,30 +67,33 @@ def partition(
     joint.graph.eliminate_dead_code()
     joint.graph = fx_graph_cse(joint.graph)  # one node per value, so that sites that share an input share its node
     weights = weight_placeholders(joint.graph, num_fwd_outputs, static_lifetime_input_indices)
+    kinds = classify(joint.graph, weights)
     sites = find_sites(
         joint.graph,
-        classify(joint.graph, weights),
+        kinds,
         gradient_outputs(joint.graph, num_fwd_outputs, weights),
         parameter_names(joint.graph, names),
     )
     plan = decide(sites, config)
     weight_names = {n.name for n in weights}
 
-    exact_joint, _ = _copy(joint)
-    exact = cut(exact_joint, num_fwd_outputs)
+    exact = cut(_copy(joint)[0], num_fwd_outputs)
     best, done = exact, Sampled()
-    if any(d.action is Action.EARLY for d in plan):
-        saved = {view_base(n).name for n in saved_tensors(exact[0], num_fwd_outputs)}
-        plan, _ = demote(plan, lambda d: view_base(d.site.activation.source).name not in saved, "not saved anyway", config)
-        best, done = _sample_and_cut(joint, plan, num_fwd_outputs, cut, config)
-        in_backward = {n.name for n in best[1].graph.nodes}
-        kept = "also needed by other backward ops"
-        late, changed = demote(plan, lambda d: view_base(d.site.activation.source).name in in_backward, kept, config)
-        if changed:
-            again, done_again = _sample_and_cut(joint, late, num_fwd_outputs, cut, config)
-            bytes_again, bytes_best = (saved_bytes(p[0], num_fwd_outputs, weight_names) for p in (again, best))
-            if bytes_again <= bytes_best:
-                plan, best, done = late, again, done_again
+    if any(d.action is not Action.EXACT for d in plan):
+        attempt = functools.partial(_sample_and_cut, joint, num_fwd_outputs=num_fwd_outputs, cut=cut, config=config)
+        needed = needed_whole(plan, kinds)
+        best, done = attempt(plan)
+        for revise in (
+            lambda: settle(plan, _bases(saved_tensors(best[0], num_fwd_outputs)), needed),
+            lambda: retreat(plan, {n.name for n in best[1].graph.nodes}, config),
+        ):
+            revised, changed = revise()
+            if not changed:
+                plan = revised  # the same actions, with their reasons
+                continue
+            again, done_again = attempt(revised)
+            if _held(again, num_fwd_outputs, weight_names) <= _held(best, num_fwd_outputs, weight_names):
+                plan, best, done = revised, again, done_again
         check_partition(*best, plan, done, num_fwd_outputs)
     ledger = build_ledger(plan, done, exact[0], best[0], num_fwd_outputs, weight_names)
     _warn_if_exact(plan, config)
@@ -120,9 +125,18 @@ def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str
     return result
 
 
+def _held(partition: Partition, num_fwd_outputs: int, weights: Collection[str]) -> int:
+    return saved_bytes(partition[0], num_fwd_outputs, weights)
+
+
+def _bases(nodes: Iterable[Node]) -> set[str]:
+    return {view_base(n).name for n in nodes}
+
+
 def _sample_and_cut(
     joint: GraphModule,
     plan: Sequence[Decision],
+    *,
     num_fwd_outputs: int,
     cut: Callable[[GraphModule, int], Partition],
     config: Config,

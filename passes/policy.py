@@ -2,7 +2,7 @@
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -11,11 +11,12 @@ from torch.fx import Node
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.sites import Site
 
 MIN_LATE_WIDTH = 128
 """A late site reads H and G once more for their norms (2 FLOPs an element) to save ``1 - ratio`` of a product with
-2 * width FLOPs an element. Products narrower than this on either side, such as LoRA's, stay exact when late."""
+2 * width FLOPs an element. Where it saves no bytes either, a product narrower than this on one side (LoRA's) stays exact."""
 
 RATIO_STEPS = 1 << 20
 
@@ -24,58 +25,112 @@ class Action(Enum):
     """What happens at a site."""
 
     EARLY = "early"
-    """Rows are chosen in the forward from activation norms; only they are saved. Saves bytes and FLOPs."""
+    """Rows are chosen in the forward by activation norms; only they are saved. Saves bytes and FLOPs."""
     LATE = "late"
-    """The input is in memory in the backward anyway; rows are chosen there by the true gradient. Saves FLOPs."""
+    """The input is in memory in the backward anyway, or computed there from what is: rows are chosen in the backward by
+    the true gradient. Saves FLOPs, and the input's bytes where it is recomputed at the kept rows only."""
     EXACT = "exact"
 
 
 @dataclass(frozen=True)
 class Decision:
+    """What to do at one site, and why."""
+
     site: Site
     action: Action
-    reason: str
+    reason: str = ""
     k: "int | torch.SymInt" = 0
     """Rows kept; 0 if exact."""
     group: tuple = ()
     """Sites of equal group read the same tensor; early ones share one draw."""
 
+    @property
+    def base(self) -> Node:
+        """The tensor that the input is a view of."""
+        return view_base(self.site.activation.source)
+
+    def to(self, action: Action, reason: str) -> "Decision":
+        return replace(self, action=action, reason=reason, k=0 if action is Action.EXACT else self.k)
+
 
 def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
-    """First plan: every site that the options admit is sampled early."""
+    """First plan: every site that the options admit is sampled, late if that is allowed, because a late site has the least
+    noise and may cost no bytes at all; :func:`settle` turns those that do cost bytes into early ones."""
     _warn_unmatched(sites, config)
+    first = Action.LATE if config.late == "sample" else Action.EARLY
     plan = []
     for site in sites:
-        group = draw_group(site)
         reason = _why_exact(site, config)
-        if reason:
-            plan.append(Decision(site, Action.EXACT, reason, group=group))
-        else:
-            plan.append(Decision(site, Action.EARLY, "", rows_kept(site.activation.rows, config.ratio), group))
+        k = 0 if reason else rows_kept(site.activation.rows, config.ratio)
+        plan.append(Decision(site, Action.EXACT if reason else first, reason, k, draw_group(site)))
     return plan
 
 
-def demote(
-    plan: Sequence[Decision], when: Callable[[Decision], bool], reason: str, config: Config
-) -> tuple[list[Decision], int]:
-    """Early decisions for which ``when`` holds become late ones, or exact ones where late does not pay.
+def settle(plan: Sequence[Decision], saved: Collection[str], needed: Mapping[Node, str]) -> tuple[list[Decision], int]:
+    """Late decisions after a cut with them, in the light of what that cut saves.
 
-    Returns the new plan and how many decisions changed.
+    An input that is not saved is computed again at the kept rows from tensors that are. One that is saved only for its
+    own site becomes early: its kept rows are fewer bytes. One that something else needs stays late, or becomes exact where
+    the product is too narrow to be worth a draw.
+
+    Args:
+        plan: decisions of the cut.
+        saved: names of the tensors (view bases) it saves.
+        needed: tensor -> the op of the backward that needs it whole, from :func:`needed_whole`.
+
+    Returns: the new plan, and how many actions changed.
     """
-    new, changed = [], 0
+    new = []
     for decision in plan:
-        if decision.action is Action.EARLY and when(decision):
-            changed += 1
-            width = min(hint(decision.site.activation.width), hint(decision.site.gradient.width))
-            if config.late == "exact":
-                decision = replace(decision, action=Action.EXACT, k=0, reason=f"{reason}; late='exact'")
-            elif width < MIN_LATE_WIDTH:
-                narrow = f"{reason}; product narrower than {MIN_LATE_WIDTH}"
-                decision = replace(decision, action=Action.EXACT, k=0, reason=narrow)
+        if decision.action is Action.LATE:
+            op = needed.get(decision.base)
+            if decision.base.name not in saved:
+                decision = decision.to(Action.LATE, "input recomputed at the kept rows")
+            elif op is None:
+                decision = decision.to(Action.EARLY, "")
+            elif _is_narrow(decision.site):
+                decision = decision.to(Action.EXACT, f"input also needed by {op}; product narrower than {MIN_LATE_WIDTH}")
             else:
-                decision = replace(decision, action=Action.LATE, reason=reason)
+                decision = decision.to(Action.LATE, f"input also needed by {op}")
         new.append(decision)
-    return new, changed
+    return new, sum(a.action is not b.action for a, b in zip(plan, new))
+
+
+def retreat(plan: Sequence[Decision], in_backward: Collection[str], config: Config) -> tuple[list[Decision], int]:
+    """Early decisions whose input the backward holds all the same: their rows are bytes for nothing. They become late,
+    or exact if ``config.late`` says so or the product is narrow. Returns the new plan and how many actions changed."""
+    new = []
+    for decision in plan:
+        if decision.action is Action.EARLY and decision.base.name in in_backward:
+            if config.late == "exact":
+                decision = decision.to(Action.EXACT, "input is in memory in the backward anyway; late='exact'")
+            elif _is_narrow(decision.site):
+                decision = decision.to(Action.EXACT, f"input saved anyway; product narrower than {MIN_LATE_WIDTH}")
+            else:
+                decision = decision.to(Action.LATE, "input saved anyway")
+        new.append(decision)
+    return new, sum(a.action is not b.action for a, b in zip(plan, new))
+
+
+def needed_whole(plan: Sequence[Decision], kinds: Mapping[Node, Kind]) -> dict[Node, str]:
+    """Tensors behind sampled inputs that some other op of the backward reads directly -> that op's name."""
+    products = {d.site.node for d in plan if d.action is not Action.EXACT}
+    result = {}
+    for base in {d.base for d in plan}:
+        stack = [base]
+        while stack:
+            for user in stack.pop().users:
+                if user.op == "output" or user in products:
+                    continue
+                if kinds[user] is Kind.GRADIENT:
+                    result[base] = str(user.target)
+                elif _is_view(user):
+                    stack.append(user)
+    return result
+
+
+def _is_narrow(site: Site) -> bool:
+    return min(hint(site.activation.width), hint(site.gradient.width)) < MIN_LATE_WIDTH
 
 
 def rows_kept(rows: "int | torch.SymInt", ratio: float) -> "int | torch.SymInt":

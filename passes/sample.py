@@ -10,7 +10,8 @@ Early (rows chosen in the forward, before the cut into forward and backward)::
     permute: f32[O, M] = permute(grad, [1, 0])      index: f32[k, O] = grad[select_rows.0]
     mm: f32[O, D] = mm(permute, view)               mm: f32[O, D] = mm(index.T, rows)
 
-Late: the same in the backward, with ``|view_i| |grad_i|`` as the importance.
+Late: the same in the backward, with ``|view_i| |grad_i|`` as the importance; only the norms of ``view`` come from the
+forward, and ``view[rows]`` is computed from whatever the cut saves.
 """
 
 import operator
@@ -31,12 +32,14 @@ aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
 
 @dataclass
 class Sampled:
-    """What :func:`sample` did: rewrites by kind, and the kept rows of each early draw (their node after the cut)."""
+    """What :func:`sample` did."""
 
     early: int = 0
     late: int = 0
     draws: dict[tuple, tuple[Node, Node]] = field(default_factory=dict)
-    """Draw group -> placeholders (rows, row index) that the backward reads."""
+    """Draw group of early sites -> placeholders (rows, row index) that the backward reads."""
+    norms: dict[tuple, Node] = field(default_factory=dict)
+    """Draw group of late sites -> placeholder of the row norms that the backward reads."""
     products: dict[Node, Node] = field(default_factory=dict)
     """Site's product in the original graph -> its replacement."""
 
@@ -62,6 +65,7 @@ def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], sev
         elif decision.action is Action.LATE:
             done.products[decision.site.node] = rewriter.late(decision)
             done.late += 1
+    done.norms = rewriter.norms
     return done
 
 
@@ -70,7 +74,7 @@ class _Rewriter:
         self.graph, self.env, self.severed, self.config = graph, env, severed, config
         self.streams = 0
         self.seeds: dict[torch.device, tuple[Node, Node]] = {}
-        self.norms: dict[tuple[Node, int], Node] = {}
+        self.norms: dict[tuple, Node] = {}
 
     def keep_rows(self, decision: Decision) -> tuple[Node, Node]:
         """Choose and gather rows of H right behind it, in the forward; returns the backward's (rows, row index)."""
@@ -99,17 +103,25 @@ class _Rewriter:
         site = decision.site
         node = self.env[site.node]
         _, seed = self._seed(self.env[site.activation.source])
+        h_norms = self._norms_from_forward(decision)
         with self.graph.inserting_before(node):
             emit = Emitter(self.graph, node)
             h, h_dim = _matrix(emit, self.env[site.activation.source], site.activation.dim)
             g, g_dim = _matrix(emit, self.env[site.gradient.source], site.gradient.dim)
-            for matrix, dim in ((h, h_dim), (g, g_dim)):
-                if (matrix, dim) not in self.norms:
-                    self.norms[matrix, dim] = _norms(emit, matrix, dim)
-            importance = emit(aten.mul.Tensor, self.norms[h, h_dim], self.norms[g, g_dim])
+            importance = emit(aten.mul.Tensor, h_norms, _norms(emit, g, g_dim))
             rows, scale = self._select(emit, importance, seed, decision)
             kept = _gather_scaled(emit, h, h_dim, rows, scale)
             return self._replace(emit, site, node, (kept, h_dim), (_gather(emit, g, g_dim, rows), g_dim))
+
+    def _norms_from_forward(self, decision: Decision) -> Node:
+        """Row norms of H [M], taken where H is made: the backward then computes H again at the kept rows only."""
+        if decision.group not in self.norms:
+            source = self.env[decision.site.activation.source]
+            with self.graph.inserting_before(source.next):
+                emit = Emitter(self.graph, source, tag="must_be_in_forward")
+                norms = _norms(emit, *_matrix(emit, source, decision.site.activation.dim))
+            self.norms[decision.group] = self.severed.cut(norms)
+        return self.norms[decision.group]
 
     def _seed(self, like: Node) -> tuple[Node, Node]:
         """(seed in the forward, its copy for the backward), one draw per device and graph."""

@@ -5,6 +5,7 @@ Before and after functionalisation every way of writing a linear layer (``nn.Lin
 contracted over tokens, whose result goes to a parameter's gradient and meets no other activation on its way.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -152,8 +153,7 @@ def _name(node: Node, parameter: str) -> str:
 
 def clean_module_path(path: str) -> str:
     """``L['self'].encoder.layer.0`` -> ``encoder.layer.0``; a bare root becomes the empty string."""
-    if path.startswith(("L[", "G[")):
-        path = path.partition("]")[2]
+    path = re.sub(r"^[LG](\[[^\]]*\])+", "", path)
     return path.lstrip(".").replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks, importable as ``wtacrs_fx.benchmarks`` so that the demo measures with the same code."""
