@@ -1,8 +1,6 @@
 """Rewrite a joint graph, cut it with torch's min-cut partitioner, keep what paid, and account for it."""
 
 import functools
-import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,6 @@ from torch.fx import Graph, GraphModule, Node
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
-from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.account import build_ledger, saved_bytes
 from wtacrs_fx.passes.invariants import check_partition
@@ -96,7 +93,6 @@ def partition(
                 plan, best, done = revised, again, done_again
         check_partition(*best, plan, done, num_fwd_outputs)
     ledger = build_ledger(plan, done, exact[0], best[0], num_fwd_outputs, weight_names)
-    _warn_if_exact(plan, config)
     return (*best, ledger)
 
 
@@ -157,16 +153,3 @@ def _copy(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
     new_output = graph.output(graph.graph_copy(joint.graph, env))
     new_output.meta.update(output.meta)
     return GraphModule(joint, graph), env
-
-
-def _warn_if_exact(plan: Sequence[Decision], config: Config) -> None:
-    if config.ratio == 1 or any(d.action is not Action.EXACT for d in plan):
-        return
-    reasons = Counter(d.reason.partition(" (")[0] for d in plan)
-    why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "it has no weight-gradient product"
-    warnings.warn(
-        f"wtacrs: nothing is sampled in this graph, it trains exactly: {why}. "
-        "See the ledger; the options min_rows, min_bytes, include, exclude and late decide.",
-        WtacrsWarning,
-        stacklevel=2,
-    )

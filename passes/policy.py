@@ -1,7 +1,6 @@
 """Decide: which sites are sampled, when, and how many rows they keep. Writes a plan and touches no graph."""
 
 import fnmatch
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -10,7 +9,6 @@ import torch
 from torch.fx import Node
 
 from wtacrs_fx.config import Config
-from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.sites import Site
 
@@ -56,7 +54,6 @@ class Decision:
 def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
     """First plan: every site that the options admit is sampled, late if that is allowed, because a late site has the least
     noise and may cost no bytes at all; :func:`settle` turns those that do cost bytes into early ones."""
-    _warn_unmatched(sites, config)
     first = Action.LATE if config.late == "sample" else Action.EARLY
     plan = []
     for site in sites:
@@ -189,16 +186,3 @@ def _why_exact(site: Site, config: Config) -> str:
     if value.device.type == "meta":
         return "meta tensor"
     return ""
-
-
-def _warn_unmatched(sites: Sequence[Site], config: Config) -> None:
-    names = sorted({site.module for site in sites})
-    unmatched = [p for p in config.include if not fnmatch.filter(names, p)]
-    if names and unmatched:
-        shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-        warnings.warn(
-            f"wtacrs: include={unmatched!r} matches no linear layer of this graph, so nothing is sampled for it. "
-            f"Available names: {shown}.",
-            WtacrsWarning,
-            stacklevel=2,
-        )

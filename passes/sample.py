@@ -16,6 +16,7 @@ forward, and ``view[rows]`` is computed from whatever the cut saves.
 
 import operator
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.policy import RATIO_STEPS, Action, Decision, ratio_numerator
 from wtacrs_fx.passes.sever import Severed
-from wtacrs_fx.passes.sites import Site
+from wtacrs_fx.passes.sites import Operand, Site
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
 
@@ -72,17 +73,19 @@ def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], sev
 class _Rewriter:
     def __init__(self, graph: Graph, env: Mapping[Node, Node], severed: Severed, config: Config) -> None:
         self.graph, self.env, self.severed, self.config = graph, env, severed, config
+        self.start = next(n for n in graph.nodes if n.op != "placeholder")
         self.streams = 0
         self.seeds: dict[torch.device, tuple[Node, Node]] = {}
         self.norms: dict[tuple, Node] = {}
+        self.matrices: dict[Node, Node] = {}
 
     def keep_rows(self, decision: Decision) -> tuple[Node, Node]:
         """Choose and gather rows of H right behind it, in the forward; returns the backward's (rows, row index)."""
         source = self.env[decision.site.activation.source]
         seed, _ = self._seed(source)
-        with self.graph.inserting_before(source.next):
+        h, dim = self._matrix(decision.site.activation)
+        with self._behind(h):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
-            h, dim = _matrix(emit, source, decision.site.activation.dim)
             rows, scale = self._select(emit, _norms(emit, h, dim), seed, decision)
             kept = _gather_scaled(emit, h, dim, rows, scale)
         return self.severed.cut(kept), self.severed.cut(rows)
@@ -92,11 +95,10 @@ class _Rewriter:
         site = decision.site
         node = self.env[site.node]
         with self.graph.inserting_before(node):
-            emit = Emitter(self.graph, node)
-            g, g_dim = _matrix(emit, self.env[site.gradient.source], site.gradient.dim)
-            g_rows = _gather(emit, g, g_dim, rows)
-            dim = site.activation.dim % 2 if site.activation.value.dim() == 2 else site.activation.dim - 1
-            return self._replace(emit, site, node, (kept, dim), (g_rows, g_dim))
+            emit = Emitter(self.graph, node, tag="must_be_in_backward")
+            g, g_dim = self._matrix(site.gradient)
+            _, dim = self._matrix(site.activation)
+            return self._replace(emit, site, node, (kept, dim), (_gather(emit, g, g_dim, rows), g_dim))
 
     def late(self, decision: Decision) -> Node:
         """The same with rows chosen in the backward by ``|h_i| |g_i|``, the importance of least variance."""
@@ -105,21 +107,34 @@ class _Rewriter:
         _, seed = self._seed(self.env[site.activation.source])
         h_norms = self._norms_from_forward(decision)
         with self.graph.inserting_before(node):
-            emit = Emitter(self.graph, node)
-            h, h_dim = _matrix(emit, self.env[site.activation.source], site.activation.dim)
-            g, g_dim = _matrix(emit, self.env[site.gradient.source], site.gradient.dim)
+            emit = Emitter(self.graph, node, tag="must_be_in_backward")
+            h, h_dim = self._matrix(site.activation)
+            g, g_dim = self._matrix(site.gradient)
             importance = emit(aten.mul.Tensor, h_norms, _norms(emit, g, g_dim))
             rows, scale = self._select(emit, importance, seed, decision)
             kept = _gather_scaled(emit, h, h_dim, rows, scale)
             return self._replace(emit, site, node, (kept, h_dim), (_gather(emit, g, g_dim, rows), g_dim))
 
+    def _behind(self, node: Node) -> AbstractContextManager:
+        """Insert right behind a node; behind all placeholders if it is one."""
+        return self.graph.inserting_before(self.start if node.op == "placeholder" else node.next)
+
+    def _matrix(self, operand: Operand) -> tuple[Node, int]:
+        """The operand without a leading dimension of 1: one view per tensor, on whichever side of the cut it is read."""
+        source = self.env[operand.source]
+        if operand.value.dim() == 2:
+            return source, operand.dim
+        if source not in self.matrices:
+            with self._behind(source):
+                self.matrices[source] = Emitter(self.graph, source)(aten.squeeze.dim, source, 0)
+        return self.matrices[source], operand.dim - 1
+
     def _norms_from_forward(self, decision: Decision) -> Node:
         """Row norms of H [M], taken where H is made: the backward then computes H again at the kept rows only."""
         if decision.group not in self.norms:
-            source = self.env[decision.site.activation.source]
-            with self.graph.inserting_before(source.next):
-                emit = Emitter(self.graph, source, tag="must_be_in_forward")
-                norms = _norms(emit, *_matrix(emit, source, decision.site.activation.dim))
+            h, dim = self._matrix(decision.site.activation)
+            with self._behind(h):
+                norms = _norms(Emitter(self.graph, h, tag="must_be_in_forward"), h, dim)
             self.norms[decision.group] = self.severed.cut(norms)
         return self.norms[decision.group]
 
@@ -127,7 +142,7 @@ class _Rewriter:
         """(seed in the forward, its copy for the backward), one draw per device and graph."""
         device = like.meta["val"].device
         if device not in self.seeds:
-            with self.graph.inserting_before(_first_call(self.graph)):
+            with self.graph.inserting_before(self.start):
                 emit = Emitter(self.graph, like, tag="must_be_in_forward")
                 seed = emit(wtacrs.draw_seed.default, device, self.config.seed)
             self.seeds[device] = (seed, self.severed.cut(seed))
@@ -155,17 +170,6 @@ class _Rewriter:
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
         return product
-
-
-def _first_call(graph: Graph) -> Node:
-    return next(n for n in graph.nodes if n.op != "placeholder")
-
-
-def _matrix(emit: Emitter, node: Node, dim: int) -> tuple[Node, int]:
-    """Drop a leading dimension of 1."""
-    if node.meta["val"].dim() == 2:
-        return node, dim
-    return emit(aten.squeeze.dim, node, 0), dim - 1
 
 
 def _norms(emit: Emitter, matrix: Node, dim: int) -> Node:

@@ -1,5 +1,11 @@
 """Train transformers with several times less activation memory: ``torch.compile(model, backend="wtacrs")``."""
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "passes").exists():
+    # Imported from a source tree (python started in a clone): passes/ and benchmarks/ lie beside this folder there.
+    __path__.append(str(Path(__file__).parent.parent))
+
 from wtacrs_fx.backend import Backend, ledgers, partitioner
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import InvariantError, WtacrsWarning

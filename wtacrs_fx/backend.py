@@ -1,12 +1,13 @@
 """``torch.compile(model, backend="wtacrs")``: options -> partitioner -> Inductor."""
 
+import fnmatch
 import functools
 import hashlib
 import importlib.metadata
 import re
 import sys
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx import GraphModule
 
+from wtacrs_fx import sidecar
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.ledger import Ledger
@@ -30,7 +32,7 @@ _ledgers: deque[Ledger] = deque(maxlen=256)
 def ledgers() -> list[Ledger]:
     """Ledgers of the training graphs compiled in this process, oldest first (the last 256).
 
-    A graph that Inductor took from its cache on disk was not partitioned here and has none.
+    A graph that Inductor took from its cache on disk brings the ledger that was stored beside it.
     """
     return list(_ledgers)
 
@@ -49,11 +51,17 @@ class Partitioner(CustomPartitionerFn):
     def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         forward, backward, ledger = partition(gm, joint_inputs, config=self.config, names=self.names, **kwargs)
         if ledger is not None:
-            self.ledgers.append(ledger)
-            _ledgers.append(ledger)
-            if self.config.verbose:
-                print(ledger.table(), file=sys.stderr)
+            self.publish(ledger)
         return forward, backward
+
+    def publish(self, ledger: Ledger) -> None:
+        """Keep a ledger, and say what a user should hear: the table if verbose, a warning if nothing is sampled."""
+        self.ledgers.append(ledger)
+        _ledgers.append(ledger)
+        if self.config.verbose:
+            print(ledger.table(), file=sys.stderr)
+        for message in complaints(ledger, self.config):
+            warnings.warn(message, WtacrsWarning, stacklevel=2)
 
     def uuid(self) -> str:
         """Identity for Inductor's caches: source of the package, version of torch, every option, the names it matches."""
@@ -91,8 +99,9 @@ class Backend:
         """Ledger of the last training graph. Raises RuntimeError if there is none, with the reason."""
         if not self.ledgers:
             raise RuntimeError(
-                "no ledger: no training graph was compiled yet by this backend, or Inductor took it from its cache on "
-                "disk (set TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 to compile afresh)."
+                "no ledger: no training graph was compiled by this backend yet (call the model with gradients enabled "
+                "first), or Inductor took it from its cache on disk and the ledger stored beside it is gone (set "
+                "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 to compile afresh)."
             )
         return self.ledgers[-1]
 
@@ -109,8 +118,10 @@ class Backend:
         check_torch_version()
         partition_fn = Partitioner(self.config, _parameter_names(gm))
         partition_fn.ledgers = self.ledgers
-        compile_graph = _compile_eager if self.config.inner == "eager" else _compile_inductor
-        return compile_graph(gm, example_inputs, partition_fn, mode)
+        if self.config.inner == "eager":
+            return _compile_eager(gm, example_inputs, partition_fn, mode)
+        with sidecar.ledger_of(gm, example_inputs, partition_fn):
+            return _compile_inductor(gm, example_inputs, partition_fn, mode)
 
 
 def wtacrs(
@@ -153,6 +164,27 @@ def _compile_eager(
         partition_fn=functools.partial(partition_fn, compiler="inductor"),
     )
     return compile_aot(gm, example_inputs)
+
+
+def complaints(ledger: Ledger, config: Config) -> list[str]:
+    """What differs from what was asked: ``include`` patterns without a match, a graph in which nothing is sampled."""
+    names = sorted({e.module for e in ledger.entries})
+    messages = []
+    unmatched = [p for p in config.include if not fnmatch.filter(names, p)]
+    if names and unmatched:
+        shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+        messages.append(
+            f"wtacrs: include={unmatched!r} matches no linear layer of this graph, so nothing is sampled for it. "
+            f"Available names: {shown}."
+        )
+    if config.ratio < 1 and ledger.count("exact") == len(ledger.entries):
+        reasons = Counter(e.reason.partition(" (")[0] for e in ledger.entries)
+        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "it has no weight-gradient product"
+        messages.append(
+            f"wtacrs: nothing is sampled in this graph, it trains exactly: {why}. "
+            "See the ledger; the options min_rows, min_bytes, include, exclude and late decide."
+        )
+    return messages
 
 
 def _parameter_names(gm: GraphModule) -> list[str | None]:

@@ -49,6 +49,15 @@ class Ledger:
         """Plain data, for JSON."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Ledger":
+        """The inverse of :meth:`to_dict`, also after a round trip through JSON.
+
+        Raises: KeyError or TypeError if a field is missing or unknown.
+        """
+        entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in data["entries"])
+        return cls(entries, data["saved_bytes_exact"], data["saved_bytes"])
+
     def table(self) -> str:
         """One line per site and the totals, as text."""
         rows = [

@@ -1,0 +1,134 @@
+"""Small models and the tools that the tests share."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._inductor.compile_fx import select_decomp_table
+from torch.fx import GraphModule
+
+from wtacrs_fx.backend import Partitioner, _parameter_names
+from wtacrs_fx.config import Config
+from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.passes.partition import _copy
+
+SMALL = {"min_rows": 1, "min_bytes": 0}
+"""Options that admit the tiny layers of the tests."""
+
+
+class Recorder:
+    """An eager-inner backend that keeps the graphs: before (joint), after (forward, backward)."""
+
+    def __init__(self, **options: Any) -> None:
+        self.config = Config.from_options({**SMALL, **options})
+        self.joint: list[GraphModule] = []
+        self.forward: list[GraphModule] = []
+        self.backward: list[GraphModule] = []
+        self.ledgers: list[Ledger] = []
+
+    def __call__(self, gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        partition_fn = Partitioner(self.config, _parameter_names(gm))
+
+        def record(joint: GraphModule, inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+            self.joint.append(_copy(joint)[0])
+            forward, backward = partition_fn(joint, inputs, **kwargs)
+            self.forward.append(forward)
+            self.backward.append(backward)
+            self.ledgers = partition_fn.ledgers
+            return forward, backward
+
+        compile_aot = aot_autograd(
+            fw_compiler=boxed_nop, bw_compiler=boxed_nop, decompositions=select_decomp_table, partition_fn=record
+        )
+        return compile_aot(gm, example_inputs)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.ledgers[-1]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with attention written out."""
+
+    def __init__(self, width: int = 64, heads: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width, bias=False)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        y = self.ln1(x)
+        q, k, v = (f(y).view(b, t, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        attention = (q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5).softmax(-1) @ v
+        x = x + self.drop(self.o(attention.transpose(1, 2).reshape(b, t, d)))
+        return x + self.drop(self.down(nn.functional.gelu(self.up(self.ln2(x)))))
+
+
+class Transformer(nn.Module):
+    """Two blocks and a classification head over 4 classes, mean-pooled; returns the loss."""
+
+    def __init__(self, width: int = 64, layers: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, dropout=dropout) for _ in range(layers))
+        self.classifier = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(self.classifier(x.mean(1)), target)
+
+
+def transformer_batch(batch: int = 8, length: int = 16, width: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, length, width, generator=g)
+    x = x * torch.rand(batch, length, 1, generator=g).exp()  # rows of different norms
+    return x, torch.randint(0, 4, (batch,), generator=g)
+
+
+def gradients(model: nn.Module, *args: Any, call: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
+    """Gradients of a scalar loss by parameter name; ``.grad`` is left empty."""
+    model.zero_grad(set_to_none=True)
+    (model if call is None else call)(*args).backward()
+    result = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return result
+
+
+class Moments:
+    """Mean of repeated gradients and its standard error, per element, in float64."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.total: dict[str, Tensor] = {}
+        self.square: dict[str, Tensor] = {}
+
+    def add(self, grads: Mapping[str, Tensor]) -> None:
+        self.n += 1
+        for name, grad in grads.items():
+            g = grad.double()
+            self.total[name] = self.total.get(name, 0) + g
+            self.square[name] = self.square.get(name, 0) + g * g
+
+    def mean(self, name: str) -> Tensor:
+        return self.total[name] / self.n
+
+    def standard_error(self, name: str) -> Tensor:
+        variance = (self.square[name] / self.n - self.mean(name) ** 2).clamp(min=0) * self.n / (self.n - 1)
+        return (variance / self.n).sqrt()
+
+    def z(self, name: str, exact: Tensor) -> Tensor:
+        """z-score of every element's mean; 0 where nothing varies and the mean is exact up to rounding."""
+        difference = self.mean(name) - exact.double()
+        floor = 1e-6 * exact.double().abs().max() + 1e-30
+        return difference / (self.standard_error(name) + floor)
+
+
+def calls(graph_module: GraphModule, target: Any) -> int:
+    """How many nodes call ``target``."""
+    return len(graph_module.graph.find_nodes(op="call_function", target=target))

@@ -1,0 +1,70 @@
+"""Ledgers beside Inductor's cache: on a warm start the passes do not run, and the report must not be empty."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.fx import GraphModule
+
+from wtacrs_fx.ledger import Ledger
+
+if TYPE_CHECKING:
+    from wtacrs_fx.backend import Partitioner
+
+
+@contextlib.contextmanager
+def ledger_of(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner") -> Iterator[None]:
+    """Compile a graph inside. Ledgers made are stored; if none is made because the cache was warm, the stored ones are
+    published. A file that cannot be read counts as missing."""
+    before = len(partition_fn.ledgers)
+    path = _path(gm, example_inputs, partition_fn)
+    yield
+    made = partition_fn.ledgers[before:]
+    if inductor_config.force_disable_caches:
+        return
+    if made:
+        _write(path, [ledger.to_dict() for ledger in made])
+    else:
+        for ledger in _read(path):
+            partition_fn.publish(ledger)
+
+
+def _path(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner") -> Path:
+    """A name made of all that the plan depends on: the graph, its inputs, the options, and torch's ambient state."""
+    inputs = [
+        (tuple(map(str, x.shape)), str(x.dtype), str(x.device), x.requires_grad) if isinstance(x, torch.Tensor) else str(x)
+        for x in example_inputs
+    ]
+    ambient = (
+        torch.is_grad_enabled(),
+        [(d, torch.is_autocast_enabled(d), str(torch.get_autocast_dtype(d))) for d in ("cpu", "cuda")],
+        functorch_config.activation_memory_budget,
+    )
+    key = repr((partition_fn.uuid(), gm.code, inputs, ambient))
+    return Path(cache_dir()) / "wtacrs" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _write(path: Path, data: Any) -> None:
+    """Replace the file at once, so that a process killed in between leaves the old one."""
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop training
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as f:
+            json.dump(data, f)
+        os.replace(temporary, path)
+
+
+def _read(path: Path) -> list[Ledger]:
+    try:
+        return [Ledger.from_dict(d) for d in json.loads(path.read_text())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
