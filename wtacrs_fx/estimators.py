@@ -67,7 +67,7 @@ def wta_crs(importance: Tensor, k: int, uniform: Uniform) -> Selection:
     w, order = sanitize(importance).sort(descending=True, stable=True)
     cdf = w.cumsum(0)
     winners = winner_count(w, k)
-    taken = torch.where(winners > 0, cdf[(winners - 1).clamp(min=0)], 0.0)
+    taken = torch.where(winners > 0, _at(cdf, (winners - 1).clamp(min=0)), 0.0)
     tail = cdf[-1] - taken
     slot = torch.arange(k, device=w.device)
     drawn = _search(cdf, taken + uniform(0, k) * tail)
@@ -122,7 +122,8 @@ def inclusion_probability(w: Tensor, k: int) -> Tensor:
     left = k - torch.arange(k, device=w.device, dtype=torch.float64)
     fits = left * top[:k] <= tails
     c = torch.where(fits.any(), fits.to(torch.uint8).argmax(), k - 1)
-    rate = torch.where(tails[c] > 0, left[c] / tails[c], torch.inf)  # no mass left: every possible row is kept
+    mass = _at(tails, c)
+    rate = torch.where(mass > 0, _at(left, c) / mass, torch.inf)  # no mass left: every possible row is kept
     return torch.where(w > 0, (rate * w).clamp(max=1.0), 0.0)
 
 
@@ -149,6 +150,11 @@ ESTIMATORS: dict[str, Callable[[Tensor, int, Uniform], Selection]] = {
 def _all_rows(importance: Tensor) -> Selection:
     m, device = importance.numel(), importance.device
     return torch.arange(m, device=device), torch.ones(m, dtype=torch.float32, device=device)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` for a 0-d index, as [1] (indexing by a 0-d tensor would wait for its value)."""
+    return values[index.reshape(1)]
 
 
 def _search(cdf: Tensor, point: Tensor) -> Tensor:
