@@ -143,7 +143,7 @@ def ratio_numerator(ratio: float) -> int:
 def draw_group(site: Site) -> tuple:
     """Key of the matrix whose rows are kept: the tensor behind views, and how it is read."""
     value, dim = site.activation.value, site.activation.dim
-    return (view_base(site.activation.source), tuple(value.shape), tuple(value.stride()), dim)
+    return (view_base(site.activation.source), tuple(map(str, value.shape)), tuple(map(str, value.stride())), dim)
 
 
 def view_base(node: Node) -> Node:

@@ -154,7 +154,7 @@ def _name(node: Node, parameter: str) -> str:
 def clean_module_path(path: str) -> str:
     """``L['self'].encoder.layer.0`` -> ``encoder.layer.0``; a bare root becomes the empty string."""
     path = re.sub(r"^[LG](\[[^\]]*\])+", "", path)
-    return path.lstrip(".").replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")
+    return path.replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")
 
 
 def gradient_outputs(graph: Graph, num_fwd_outputs: int, weights: Sequence[Node]) -> dict[Node, Node]:

@@ -1,0 +1,41 @@
+# Both main targets work on a fresh machine: they create .venv, install what is pinned, and run.
+#   make demo   fine-tune MiniLM on movie reviews, exact and sampled side by side
+#   make test   the test suite, and a wheel built, installed and imported elsewhere
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-fast lint wheel-check clean
+
+$(INSTALLED): pyproject.toml constraints.txt requirements-demo.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	$(BIN)/pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[hf,plot,demo,dev]"
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements-demo.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/wtacrs-fx demo
+
+test: $(INSTALLED) wheel-check
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck && $(BIN)/pip install --quiet --no-deps --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy
+
+# The wheel must stand alone: built from this tree, installed in a clean venv, imported from another directory.
+wheel-check: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(BIN)/python tests/check_wheel.py dist constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
