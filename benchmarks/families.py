@@ -18,7 +18,7 @@ def bert(layers: int, batch: int, length: int) -> tuple[nn.Module, Batch]:
     """BERT-base blocks (hidden 768, GELU, dropout 0.1) with a classification head."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, num_labels=2)
+    config = BertConfig(num_hidden_layers=layers, vocab_size=VOCABULARY)
     ids = torch.randint(0, VOCABULARY, (batch, length))
     return BertForSequenceClassification(config), {"input_ids": ids, "labels": torch.randint(0, 2, (batch,))}
 

@@ -57,7 +57,8 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, dict[str,
     model, batch = FAMILIES[family](args.layers, args.batch_size, args.length)
     model.train().to(args.device)
     batch = {k: v.to(args.device) for k, v in batch.items()}
-    hidden = model.config.d_model if family == "t5" else model.config.hidden_size
+    config: Any = model.config
+    hidden = config.d_model if family == "t5" else config.hidden_size
     steps: dict[str, Callable[[], None]] = {}
     results: dict[str, dict[str, Any]] = {}
     reference: dict[str, torch.Tensor] = {}
@@ -66,7 +67,10 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, dict[str,
         twin = copy.deepcopy(model)
         backend = make(args.estimator)
         call = twin if backend is None else torch.compile(twin, backend=backend)
-        results[name] = {"unit_bytes": args.batch_size * args.length * hidden * 4, **memory(twin, call, batch, args.device)}
+        results[name] = {
+            "unit_bytes": args.batch_size * args.length * hidden * 4,
+            **memory(twin, call, batch, args.device),
+        }
         if name != "eager":  # eager draws other dropout masks
             grads = gradients(twin, call, batch)
             reference = reference or grads

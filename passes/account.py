@@ -66,9 +66,7 @@ def storages(tensors: Iterable[Node], weights: Collection[str] = ()) -> dict[int
     tensors = list(tensors)
     graph = tensors[0].graph if tensors else None
     skip = {_storage(n) for n in graph.find_nodes(op="placeholder") if n.name in weights} if graph else set()
-    return {
-        _storage(n): hint(n.meta["val"].untyped_storage().nbytes()) for n in tensors if _storage(n) not in skip
-    }
+    return {_storage(n): hint(n.meta["val"].untyped_storage().nbytes()) for n in tensors if _storage(n) not in skip}
 
 
 def _bytes_by_source(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> dict[str, int]:

@@ -44,4 +44,3 @@ def fake_mode_of(node: Node) -> FakeTensorMode:
     if isinstance(value, torch.Tensor) and (mode := getattr(value, "fake_mode", None)) is not None:
         return mode
     raise ValueError(f"node {node.name} has no fake value; trace the graph with AOTAutograd or fake tensors.")
-

@@ -59,7 +59,7 @@ def _calls(graph: Graph, target: torch._ops.OpOverload) -> set[str]:
 
 
 def _through_transpose(node: Node) -> Node:
-    return node.args[0] if node.target is torch.ops.aten.permute.default else node
+    return node.all_input_nodes[0] if node.target is torch.ops.aten.permute.default else node
 
 
 def _is_saved(node: Node) -> bool:

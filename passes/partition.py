@@ -1,7 +1,7 @@
 """Rewrite a joint graph, cut it with torch's min-cut partitioner, keep what paid, and account for it."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch._functorch.compile_utils import fx_graph_cse
@@ -78,22 +78,16 @@ def partition(
     best, done = exact, Sampled()
     if any(d.action is not Action.EXACT for d in plan):
         attempt = functools.partial(_sample_and_cut, joint, num_fwd_outputs=num_fwd_outputs, cut=cut, config=config)
-        needed = needed_whole(plan, kinds)
+        held = functools.partial(saved_bytes, num_fwd_outputs=num_fwd_outputs, weights=weight_names)
         best, done = attempt(plan)
-        for revise in (
-            lambda: settle(plan, _bases(saved_tensors(best[0], num_fwd_outputs)), needed),
-            lambda: retreat(plan, {n.name for n in best[1].graph.nodes}, config),
-        ):
-            revised, changed = revise()
-            if not changed:
-                plan = revised  # the same actions, with their reasons
-                continue
-            again, done_again = attempt(revised)
-            if _held(again, num_fwd_outputs, weight_names) <= _held(best, num_fwd_outputs, weight_names):
-                plan, best, done = revised, again, done_again
+        saved = {view_base(n).name for n in saved_tensors(best[0], num_fwd_outputs)}
+        revised, changed = settle(plan, saved, needed_whole(plan, kinds))
+        plan, best, done = _better(plan, best, done, revised, changed, attempt, held)
+        in_backward = {n.name for n in best[1].graph.nodes}
+        revised, changed = retreat(plan, in_backward, config)
+        plan, best, done = _better(plan, best, done, revised, changed, attempt, held)
         check_partition(*best, plan, done, num_fwd_outputs)
-    ledger = build_ledger(plan, done, exact[0], best[0], num_fwd_outputs, weight_names)
-    return (*best, ledger)
+    return (*best, build_ledger(plan, done, exact[0], best[0], num_fwd_outputs, weight_names))
 
 
 def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
@@ -121,12 +115,22 @@ def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str
     return result
 
 
-def _held(partition: Partition, num_fwd_outputs: int, weights: Collection[str]) -> int:
-    return saved_bytes(partition[0], num_fwd_outputs, weights)
-
-
-def _bases(nodes: Iterable[Node]) -> set[str]:
-    return {view_base(n).name for n in nodes}
+def _better(
+    plan: list[Decision],
+    best: Partition,
+    done: Sampled,
+    revised: list[Decision],
+    changed: int,
+    attempt: Callable[[list[Decision]], tuple[Partition, Sampled]],
+    held: Callable[[GraphModule], int],
+) -> tuple[list[Decision], Partition, Sampled]:
+    """The revised plan with its partition, unless it holds more bytes than the plan it came from."""
+    if not changed:
+        return revised, best, done  # the same actions, with their reasons
+    again, done_again = attempt(revised)
+    if held(again[0]) > held(best[0]):
+        return plan, best, done
+    return revised, again, done_again
 
 
 def _sample_and_cut(
@@ -148,7 +152,8 @@ def _sample_and_cut(
 
 
 def _copy(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
-    graph, env = Graph(), {}
+    graph = Graph()
+    env: dict[Node, Node] = {}
     output = joint.graph.output_node()
     new_output = graph.output(graph.graph_copy(joint.graph, env))
     new_output.meta.update(output.meta)

@@ -86,7 +86,9 @@ def settle(plan: Sequence[Decision], saved: Collection[str], needed: Mapping[Nod
             elif op is None:
                 decision = decision.to(Action.EARLY, "")
             elif _is_narrow(decision.site):
-                decision = decision.to(Action.EXACT, f"input also needed by {op}; product narrower than {MIN_LATE_WIDTH}")
+                decision = decision.to(
+                    Action.EXACT, f"input also needed by {op}; product narrower than {MIN_LATE_WIDTH}"
+                )
             else:
                 decision = decision.to(Action.LATE, f"input also needed by {op}")
         new.append(decision)

@@ -45,7 +45,9 @@ class Sampled:
     """Site's product in the original graph -> its replacement."""
 
 
-def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], severed: Severed, config: Config) -> Sampled:
+def sample(
+    graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], severed: Severed, config: Config
+) -> Sampled:
     """Rewrite every early and late site of the plan; exact ones, and a graph without any, stay as they are.
 
     Args:

@@ -9,6 +9,8 @@ partition the two ends are joined again and the extra outputs are gone.
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from wtacrs_fx.passes.sites import graph_outputs
+
 _NAME = "wtacrs_saved_"
 
 
@@ -38,7 +40,7 @@ class Severed:
     def extend_outputs(self, num_fwd_outputs: int) -> int:
         """Make the cut tensors forward outputs, after the real ones. Returns the new number of forward outputs."""
         output = self.graph.output_node()
-        values = list(output.args[0])
+        values = graph_outputs(self.graph)
         values[num_fwd_outputs:num_fwd_outputs] = [node for node, _ in self._ends]
         output.args = (tuple(values),)
         if "desc" in output.meta:
@@ -57,7 +59,7 @@ class Severed:
         graph = forward.graph
         output = graph.output_node()
         start, stop = num_fwd_outputs, num_fwd_outputs + len(self._ends)
-        values = list(output.args[0])
+        values = graph_outputs(graph)
         placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
         producer = {
             placeholders[end.name]: value
@@ -77,5 +79,5 @@ class Severed:
 
 def saved_tensors(forward: GraphModule, num_fwd_outputs: int) -> list[Node]:
     """The tensors that a partitioned forward hands to its backward."""
-    values = list(forward.graph.output_node().args[0])[num_fwd_outputs:]
+    values = graph_outputs(forward.graph)[num_fwd_outputs:]
     return [v for v in values if isinstance(v, Node) and isinstance(v.meta.get("val"), torch.Tensor)]

@@ -8,6 +8,7 @@ contracted over tokens, whose result goes to a parameter's gradient and meets no
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -108,10 +109,11 @@ def _operand(node: Node, dim: int) -> Operand:
 def _permutation(node: Node) -> list[int]:
     rank = node.meta["val"].dim()
     order = list(range(rank))
+    args: Any = node.args
     if node.target is aten.permute.default:
-        return [d % rank for d in node.args[1]]
+        return [d % rank for d in args[1]]
     if node.target is aten.transpose.int:
-        a, b = node.args[1] % rank, node.args[2] % rank
+        a, b = args[1] % rank, args[2] % rank
         order[a], order[b] = order[b], order[a]
         return order
     return order[::-1]
@@ -160,8 +162,17 @@ def clean_module_path(path: str) -> str:
 def gradient_outputs(graph: Graph, num_fwd_outputs: int, weights: Sequence[Node]) -> dict[Node, Node]:
     """Gradient output node -> parameter placeholder. AOTAutograd returns one gradient per primal, in order, after the
     forward's outputs."""
-    outputs = list(graph.output_node().args[0])[num_fwd_outputs:]
-    return {g: p for p, g in zip(primals(graph), outputs) if isinstance(g, Node) and p in weights}
+    return {
+        g: p
+        for p, g in zip(primals(graph), graph_outputs(graph)[num_fwd_outputs:])
+        if isinstance(g, Node) and p in weights
+    }
+
+
+def graph_outputs(graph: Graph) -> list[Any]:
+    """What the graph returns: nodes and None."""
+    values: Any = graph.output_node().args[0]
+    return list(values)
 
 
 def primals(graph: Graph) -> list[Node]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from functorch.compile import aot_function, make_boxed_compiler
-from helpers import SMALL, Transformer, gradients, transformer_batch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import wtacrs_fx
 from wtacrs_fx import Backend, Config, WtacrsWarning, backend
+
+from helpers import SMALL, Transformer, gradients, transformer_batch
 
 TESTS = Path(__file__).parent
 

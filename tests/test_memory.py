@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import SMALL, Transformer, transformer_batch
 from torch import Tensor, nn
 
 import wtacrs_fx
 from wtacrs_fx.benchmarks import measure
+
+from helpers import SMALL, Transformer, transformer_batch
 
 INNER = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from helpers import Block, Recorder, Transformer, calls, gradients, transformer_batch
 from torch import Tensor, nn
 from torch.fx import Graph, symbolic_trace
 
@@ -14,6 +13,8 @@ from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.policy import Action, hint, ratio_numerator, rows_kept
 from wtacrs_fx.passes.sites import clean_module_path, find_sites, gradient_outputs
+
+from helpers import Block, Recorder, Transformer, calls, gradients, transformer_batch
 
 aten, wtacrs = torch.ops.aten, torch.ops.wtacrs
 
@@ -342,7 +343,9 @@ class TestNothingToDo:
         assert recorder.ledger.saved_bytes == recorder.ledger.saved_bytes_exact
 
     def test_nothing_qualifies(self):
-        with pytest.warns(WtacrsWarning, match="nothing is sampled in this graph, it trains exactly: 12 below min_rows"):
+        with pytest.warns(
+            WtacrsWarning, match="nothing is sampled in this graph, it trains exactly: 12 below min_rows"
+        ):
             recorder, exact, sampled = record(Transformer(), *transformer_batch(), min_rows=1000)
         assert all(torch.equal(exact[k], sampled[k]) for k in exact)
         assert calls(recorder.forward[0], wtacrs.draw_seed.default) == 0

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import SMALL, Moments, Transformer, gradients, transformer_batch
 
 import wtacrs_fx
+
+from helpers import SMALL, Moments, Transformer, gradients, transformer_batch
 
 DRAWS = 600
 

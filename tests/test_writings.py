@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import SMALL, Moments, Recorder, calls, gradients
 from torch import Tensor, nn
 
 import wtacrs_fx
+
+from helpers import SMALL, Moments, Recorder, calls, gradients
 
 aten, wtacrs = torch.ops.aten, torch.ops.wtacrs
 WIDTH, OUT, ROWS = 24, 16, 40

@@ -145,7 +145,8 @@ def _compile_inductor(
 
     # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
     patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
-    return compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": partition_fn})
+    compiled: Any = compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": partition_fn})
+    return compiled
 
 
 def _compile_eager(

@@ -136,7 +136,9 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, (tuple, list)) or not all(isinstance(p, str) for p in value):
-        raise TypeError(f"{name}={value!r}: expected a pattern or a list of patterns over module names, e.g. '*.query'.")
+        raise TypeError(
+            f"{name}={value!r}: expected a pattern or a list of patterns over module names, e.g. '*.query'."
+        )
     return tuple(value)
 
 

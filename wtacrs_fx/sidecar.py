@@ -41,7 +41,9 @@ def ledger_of(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Par
 def _path(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner") -> Path:
     """A name made of all that the plan depends on: the graph, its inputs, the options, and torch's ambient state."""
     inputs = [
-        (tuple(map(str, x.shape)), str(x.dtype), str(x.device), x.requires_grad) if isinstance(x, torch.Tensor) else str(x)
+        (tuple(map(str, x.shape)), str(x.dtype), str(x.device), x.requires_grad)
+        if isinstance(x, torch.Tensor)
+        else str(x)
         for x in example_inputs
     ]
     ambient = (

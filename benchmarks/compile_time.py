@@ -1,0 +1,75 @@
+"""Time of the first training step, compilation included, of Inductor and of wtacrs, each in a fresh process without caches.
+
+    python -m wtacrs_fx.benchmarks.compile_time --family bert --layers 12 --out benchmarks/results/compile_time.md
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from wtacrs_fx.benchmarks import measure
+from wtacrs_fx.benchmarks.families import FAMILIES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="bert", choices=list(FAMILIES))
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", choices=["inductor", "wtacrs"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(first_step(args))
+        return
+    seconds: dict[str, list[float]] = {"inductor": [], "wtacrs": []}
+    for _ in range(args.repeats):
+        for arm, times in seconds.items():
+            times.append(run_child(arm, args))
+    base = statistics.median(seconds["inductor"])
+    rows = [
+        (arm, f"{statistics.median(t):.1f}", f"{statistics.median(t) / base:.2f}", ", ".join(f"{x:.1f}" for x in t))
+        for arm, t in seconds.items()
+    ]
+    env = ", ".join(f"{k} {v}" for k, v in measure.environment().items())
+    text = (
+        f"# Compile time\n\n{args.family}, {args.layers} layers, {args.batch_size}x{args.length} tokens; first step with "
+        f"cold caches, fresh processes in turn. {env}.\n\n"
+        + tabulate(rows, ("arm", "median s", "ratio", "all s"), tablefmt="github", disable_numparse=True)
+        + "\n"
+    )
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+def run_child(arm: str, args: argparse.Namespace) -> float:
+    command = [sys.executable, "-m", "wtacrs_fx.benchmarks.compile_time", "--child", arm]
+    for name in ("family", "layers", "batch_size", "length"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        return float(subprocess.check_output(command, env=env, text=True).strip().splitlines()[-1])
+
+
+def first_step(args: argparse.Namespace) -> float:
+    torch.manual_seed(0)
+    model, batch = FAMILIES[args.family](args.layers, args.batch_size, args.length)
+    compiled = torch.compile(model.train(), backend=args.child)
+    start = time.perf_counter()
+    compiled(**batch).loss.backward()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
