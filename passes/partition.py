@@ -74,7 +74,7 @@ def partition(
     plan = decide(sites, config)
     weight_names = {n.name for n in weights}
 
-    exact = cut(_copy(joint)[0], num_fwd_outputs)
+    exact = cut(copy_joint(joint)[0], num_fwd_outputs)
     best, done = exact, Sampled()
     if any(d.action is not Action.EXACT for d in plan):
         attempt = functools.partial(_sample_and_cut, joint, num_fwd_outputs=num_fwd_outputs, cut=cut, config=config)
@@ -141,7 +141,7 @@ def _sample_and_cut(
     cut: Callable[[GraphModule, int], Partition],
     config: Config,
 ) -> tuple[Partition, Sampled]:
-    module, env = _copy(joint)
+    module, env = copy_joint(joint)
     severed = Severed(module.graph)
     done = sample(module.graph, plan, env, severed, config)
     outputs = severed.extend_outputs(num_fwd_outputs)
@@ -151,7 +151,8 @@ def _sample_and_cut(
     return (forward, backward), done
 
 
-def _copy(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
+def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
+    """A copy of a joint graph, and node of the original -> node of the copy. The partitioner changes what it is given."""
     graph = Graph()
     env: dict[Node, Node] = {}
     output = joint.graph.output_node()

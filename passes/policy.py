@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from fractions import Fraction
 
 import torch
 from torch.fx import Node
@@ -15,8 +16,6 @@ from wtacrs_fx.passes.sites import Site
 MIN_LATE_WIDTH = 128
 """A late site reads H and G once more for their norms (2 FLOPs an element) to save ``1 - ratio`` of a product with
 2 * width FLOPs an element. Where it saves no bytes either, a product narrower than this on one side (LoRA's) stays exact."""
-
-RATIO_STEPS = 1 << 20
 
 
 class Action(Enum):
@@ -133,13 +132,14 @@ def _is_narrow(site: Site) -> bool:
 
 
 def rows_kept(rows: "int | torch.SymInt", ratio: float) -> "int | torch.SymInt":
-    """``ceil(ratio * rows)``, for symbolic sizes too (the ratio is rounded to a multiple of 2^-20)."""
-    return (rows * ratio_numerator(ratio) + (RATIO_STEPS - 1)) // RATIO_STEPS
+    """``ceil(ratio * rows)``, for symbolic sizes too."""
+    share = ratio_fraction(ratio)
+    return (rows * share.numerator + share.denominator - 1) // share.denominator
 
 
-def ratio_numerator(ratio: float) -> int:
-    """``ratio`` in units of ``1 / RATIO_STEPS``, at least 1."""
-    return max(1, round(ratio * RATIO_STEPS))
+def ratio_fraction(ratio: float) -> Fraction:
+    """``ratio`` as a fraction of whole numbers (0.3 is 3/10) to one in a million; never 0."""
+    return Fraction(ratio).limit_denominator(10**6) or Fraction(1, 10**6)
 
 
 def draw_group(site: Site) -> tuple:

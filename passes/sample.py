@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.policy import RATIO_STEPS, Action, Decision, ratio_numerator
+from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
 from wtacrs_fx.passes.sever import Severed
 from wtacrs_fx.passes.sites import Operand, Site
 
@@ -160,8 +160,9 @@ class _Rewriter:
         if isinstance(decision.k, int):
             return decision.k
         rows = emit(aten.sym_size.int, importance, 0)
-        scaled = emit(operator.mul, rows, ratio_numerator(self.config.ratio))
-        return emit(operator.floordiv, emit(operator.add, scaled, RATIO_STEPS - 1), RATIO_STEPS)
+        share = ratio_fraction(self.config.ratio)
+        scaled = emit(operator.mul, rows, share.numerator)
+        return emit(operator.floordiv, emit(operator.add, scaled, share.denominator - 1), share.denominator)
 
     def _replace(self, emit: Emitter, site: Site, node: Node, h: tuple[Node, int], g: tuple[Node, int]) -> Node:
         left, right = (h, g) if site.activation_first else (g, h)

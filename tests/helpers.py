@@ -10,10 +10,10 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch._inductor.compile_fx import select_decomp_table
 from torch.fx import GraphModule
 
-from wtacrs_fx.backend import Partitioner, _parameter_names
+from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger
-from wtacrs_fx.passes.partition import _copy
+from wtacrs_fx.passes.partition import copy_joint
 
 SMALL = {"min_rows": 1, "min_bytes": 0}
 """Options that admit the tiny layers of the tests."""
@@ -30,10 +30,10 @@ class Recorder:
         self.ledgers: list[Ledger] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        partition_fn = Partitioner(self.config, _parameter_names(gm))
+        partition_fn = Partitioner(self.config, dynamo_names(gm))
 
         def record(joint: GraphModule, inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
-            self.joint.append(_copy(joint)[0])
+            self.joint.append(copy_joint(joint)[0])
             forward, backward = partition_fn(joint, inputs, **kwargs)
             self.forward.append(forward)
             self.backward.append(backward)

@@ -11,7 +11,7 @@ from torch.fx import Graph, symbolic_trace
 from wtacrs_fx import InvariantError, WtacrsWarning
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
-from wtacrs_fx.passes.policy import Action, hint, ratio_numerator, rows_kept
+from wtacrs_fx.passes.policy import Action, hint, ratio_fraction, rows_kept
 from wtacrs_fx.passes.sites import clean_module_path, find_sites, gradient_outputs
 
 from helpers import Block, Recorder, Transformer, calls, gradients, transformer_batch
@@ -171,7 +171,9 @@ class TestPolicy:
         assert rows_kept(rows, ratio) == kept
 
     def test_ratio_is_kept_to_one_in_a_million(self):
-        assert abs(ratio_numerator(0.3) / 2**20 - 0.3) < 1e-6
+        assert str(ratio_fraction(0.3)) == "3/10"
+        assert abs(float(ratio_fraction(0.123456789)) - 0.123456789) < 1e-6
+        assert ratio_fraction(1e-12) > 0
 
     def test_hint_of_an_int(self):
         assert hint(5) == 5

@@ -116,7 +116,7 @@ class Backend:
         if options:
             raise TypeError("options= beside a wtacrs_fx.Backend object: give them to the object, Backend(ratio=...).")
         check_torch_version()
-        partition_fn = Partitioner(self.config, _parameter_names(gm))
+        partition_fn = Partitioner(self.config, dynamo_names(gm))
         partition_fn.ledgers = self.ledgers
         if self.config.inner == "eager":
             return _compile_eager(gm, example_inputs, partition_fn, mode)
@@ -188,7 +188,7 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
     return messages
 
 
-def _parameter_names(gm: GraphModule) -> list[str | None]:
+def dynamo_names(gm: GraphModule) -> list[str | None]:
     """Names such as ``encoder.0.query.weight`` for those inputs of a Dynamo graph that are parameters or buffers."""
     names: list[str | None] = []
     for node in gm.graph.find_nodes(op="placeholder"):
