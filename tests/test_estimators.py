@@ -1,5 +1,6 @@
 """Estimators: closed forms, brute force, variance order, degenerate importances."""
 
+import functools
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wtacrs_fx.demo_data import find_model, find_reviews, read_reviews
 from wtacrs_fx.estimators import ESTIMATORS, inclusion_probability, sanitize, winner_count
 from wtacrs_fx.rng import uniform
 
@@ -18,19 +20,35 @@ def draw(estimator, importance, k, seed=0, stream=0):
     return ESTIMATORS[estimator](importance, k, lambda s, n: uniform(torch.tensor([seed]), 4 * stream + s, n))
 
 
+@functools.cache
+def real_importance():
+    """``|h_i| |g_i|`` of a linear layer of MiniLM in fine-tuning on movie reviews (padded; rows of padding count zero)."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = find_model()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    reviews = read_reviews(find_reviews())[:4]
+    batch = AutoTokenizer.from_pretrained(folder)([r.text for r in reviews], padding=True, return_tensors="pt")
+    layer = model.bert.encoder.layer[2].intermediate.dense
+    seen = []
+    layer.register_forward_hook(lambda module, args, out: (seen.append(args[0]), out.register_hook(seen.append))[0])
+    model(**batch, labels=torch.tensor([r.label for r in reviews])).loss.backward()
+    h, gradient = (t.detach().flatten(0, 1).norm(dim=1) for t in seen)
+    return h * gradient
+
+
 def importances():
     g = torch.Generator().manual_seed(0)
     spike = torch.full((M,), 0.01)
     spike[7] = 5.0
     half = torch.rand(M, generator=g)
     half[::2] = 0
-    activations = torch.nn.functional.layer_norm(torch.randn(M, 32, generator=g), (32,)) * torch.rand(32, generator=g)
     return {
         "flat": torch.ones(M),
         "lognormal": torch.randn(M, generator=g).mul(1.5).exp(),
         "spike": spike,
         "half_zeros": half,
-        "real": activations.norm(dim=1) * torch.rand(M, generator=g).pow(3),
+        "real": real_importance()[:M],
     }
 
 
