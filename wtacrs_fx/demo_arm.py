@@ -1,19 +1,23 @@
-"""One arm of the demo: trains in a process of its own, so that its peak resident memory is its own.
+"""One arm of the demo: it trains in a process of its own, so that its peak resident memory is its own.
 
-Speaks lines of JSON with its parent (:mod:`wtacrs_fx.demo`). The first line in is the settings; after that every line
-is a request, and the process ends when there are no more::
+:class:`ArmProcess` is that process as its parent (:mod:`wtacrs_fx.demo`) sees it, :class:`Arm` what runs in it. They
+speak lines of JSON. The first line is the settings; every other is a request, and the process ends after the last::
 
     <- {"backend": "wtacrs", "steps": 100, ...}   settings       -> {"padding": 0.58, ...}
     <- {"train": 4}                               train 4 steps  -> {"loss": 0.69, "seconds": 0.81} four times
     <- {"finish": true}                           results        -> {"resident_bytes": ..., "correct": [1, 0, ...], ...}
 """
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,9 @@ from torch import Tensor
 from wtacrs_fx.backend import Backend
 from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.demo_data import Review, read_reviews, split
+
+COMMAND = ("-m", "wtacrs_fx.demo_arm")
+"""Arguments of Python that start an arm."""
 
 EVAL_BATCH = 64
 """Sentences. The uncompiled model evaluates, so batches need not have one shape: each is padded to its own longest."""
@@ -48,6 +55,64 @@ class Settings:
     lr: float
     test_items: int
     threads: int
+
+
+class DemoError(RuntimeError):
+    """The demo cannot run, or one of its arms died."""
+
+
+class ArmProcess:
+    """A running arm. Leaving the ``with`` block ends it and whatever it started, however the block was left."""
+
+    def __init__(self, name: str, settings: Settings, command: Sequence[str] = COMMAND) -> None:
+        self.name = name
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed in __exit__; a pipe would need a reader)
+        self._process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            env=_environment(settings.threads),
+            start_new_session=True,  # a process group of its own, which can be ended as a whole
+        )
+        self.ask(**asdict(settings))
+
+    def __enter__(self) -> "ArmProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kill in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, kill)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+        for pipe in (self._process.stdin, self._process.stdout, self._stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+
+    def ask(self, **request: Any) -> None:
+        """Send one request. Raises: DemoError, if the arm has died."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the next answer. Raises: DemoError, if the arm has died."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith("\n"):
+            raise self._died()
+        return json.loads(line)
+
+    def _died(self) -> DemoError:
+        code = self._process.wait()
+        self._stderr.seek(0)
+        last = self._stderr.read().decode(errors="replace").strip().splitlines()[-20:]
+        return DemoError(f"the {self.name} arm died with exit code {code}. Its last words:\n" + "\n".join(last))
 
 
 class Arm:
@@ -106,7 +171,6 @@ class Arm:
             "correct": self._correct(),
             "environment": measure.environment(),
             "ledger": self.backend.ledgers[-1].to_dict() if self.backend.ledgers else None,
-            "ledger_table": self.backend.ledgers[-1].table() if self.backend.ledgers else None,
         }
 
     def _backward(self, batch: dict[str, Tensor]) -> float:
@@ -170,6 +234,12 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not mix with the answers
     for answer in answers(iter(sys.stdin)):
         channel.write(json.dumps(answer) + "\n")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Variables of an arm: offline, on the CPU, with a fixed number of threads."""
+    fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **fixed, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 def read_reviews(path: Path) -> list[Review]:
     """All labelled sentences, each once: sentences that differ in case, spaces or punctuation only are one."""
-    reviews = {}
+    reviews: dict[str, Review] = {}
     with bz2.open(path, "rt", encoding="utf-8", newline="") as f:
         for row in csv.DictReader(f):
             if row["category"] in LABELS:

@@ -1,0 +1,36 @@
+"""The command ``wtacrs-fx``.
+
+A subcommand is a module with a docstring, its description; ``HELP``, one line; ``configure(parser)``, which adds its
+options; ``run(args)``, which returns the exit code; and ``ERRORS``, exceptions of ``run`` whose text says enough.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from wtacrs_fx import demo
+
+COMMANDS = {"demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="wtacrs-fx", description="Train transformers with sampled activations: less memory, unbiased gradients."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        module.configure(commands.add_parser(name, help=module.HELP, description=module.__doc__))
+    args = parser.parse_args(argv)
+    command = COMMANDS[args.command]
+    try:
+        return command.run(args)
+    except command.ERRORS as e:
+        print(f"wtacrs-fx {args.command}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
