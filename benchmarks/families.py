@@ -27,7 +27,9 @@ def gpt2(layers: int, batch: int, length: int) -> tuple[nn.Module, Batch]:
     """GPT-2 blocks (hidden 768, Conv1D, tanh GELU, dropout 0.1), next-token loss."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, vocab_size=VOCABULARY, use_cache=False))
+    model = GPT2LMHeadModel(
+        GPT2Config(n_layer=layers, vocab_size=VOCABULARY, use_cache=False, bos_token_id=0, eos_token_id=0)
+    )
     return model, _causal(batch, length)
 
 
@@ -36,7 +38,8 @@ def t5(layers: int, batch: int, length: int) -> tuple[nn.Module, Batch]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     half = max(1, layers // 2)
-    config = T5Config(num_layers=half, num_decoder_layers=half, vocab_size=VOCABULARY, use_cache=False)
+    sizes = {"num_layers": half, "num_decoder_layers": half, "vocab_size": VOCABULARY}
+    config = T5Config(**sizes, use_cache=False, decoder_start_token_id=0)
     return T5ForConditionalGeneration(config), _causal(batch, length)
 
 

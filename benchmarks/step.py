@@ -42,13 +42,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write a Markdown table here and the raw numbers beside it as JSON")
     args = parser.parse_args()
-    results = {family: measure_family(family, args) for family in args.families}
-    text = render(results, args)
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for family in args.families:
+        results[family] = measure_family(family, args)
+        text = render(results, args)
+        if args.out:  # after every family: an hour's results are not lost to the last one's error
+            args.out.write_text(text)
+            raw = {"environment": measure.environment(), "arguments": {k: str(v) for k, v in vars(args).items()}}
+            args.out.with_suffix(".json").write_text(json.dumps({**raw, "results": results}, indent=1) + "\n")
     print(text)
-    if args.out:
-        args.out.write_text(text)
-        raw = {"environment": measure.environment(), "arguments": {k: str(v) for k, v in vars(args).items()}}
-        args.out.with_suffix(".json").write_text(json.dumps({**raw, "results": results}, indent=1) + "\n")
 
 
 def measure_family(family: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -13,11 +13,11 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.account import build_ledger, saved_bytes
 from wtacrs_fx.passes.invariants import check_partition
-from wtacrs_fx.passes.kinds import classify, is_tangent
+from wtacrs_fx.passes.kinds import Kind, classify, is_tangent
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.sever import Severed, saved_tensors
-from wtacrs_fx.passes.sites import find_sites, gradient_outputs, primals
+from wtacrs_fx.passes.sites import CONTRACTIONS, find_sites, gradient_outputs, primals
 
 Partition = tuple[GraphModule, GraphModule]
 
@@ -46,7 +46,8 @@ def partition(
         names: per primal its parameter's name, where known.
 
     Returns:
-        (forward, backward, ledger). A graph without tangents is partitioned exactly and has no ledger.
+        (forward, backward, ledger). A graph without tangents is partitioned exactly and has no ledger; nor has one whose
+        backward has no matrix product at all, such as a loss behind a graph break.
     """
 
     def cut(module: GraphModule, outputs: int) -> Partition:
@@ -87,6 +88,8 @@ def partition(
         revised, changed = retreat(plan, in_backward, config)
         plan, best, done = _better(plan, best, done, revised, changed, attempt, held)
         check_partition(*best, plan, done, num_fwd_outputs)
+    if not sites and not any(kind is Kind.GRADIENT and node.target in CONTRACTIONS for node, kind in kinds.items()):
+        return (*best, None)
     return (*best, build_ledger(plan, done, exact[0], best[0], num_fwd_outputs, weight_names))
 
 

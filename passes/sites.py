@@ -18,6 +18,7 @@ from wtacrs_fx.passes.kinds import Kind
 aten = torch.ops.aten
 
 PRODUCTS = (aten.mm.default, aten.bmm.default)
+CONTRACTIONS = (*PRODUCTS, aten.addmm.default, aten.baddbmm.default, aten.convolution_backward.default)
 _TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
 
 

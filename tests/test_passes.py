@@ -337,6 +337,15 @@ class TestNothingToDo:
             torch.testing.assert_close(torch.compile(model, backend=recorder)(x, t), model(x, t))
         assert recorder.joint == []
 
+    def test_a_loss_behind_a_graph_break_is_not_reported(self):
+        """No product in the backward: nothing to sample, nothing to warn of (a warning would fail this test)."""
+        recorder = Recorder()
+        target = torch.randint(0, 4, (8,))
+        loss = torch.compile(lambda x: nn.functional.cross_entropy(x, target), backend=recorder)
+        loss(torch.randn(8, 4, requires_grad=True)).backward()
+        assert len(recorder.joint) == 1
+        assert recorder.ledgers == []
+
     def test_ratio_one_leaves_the_graph_of_the_exact_partition(self):
         model, batch = Transformer(), transformer_batch()
         recorder, exact, sampled = record(model, *batch, ratio=1.0)
