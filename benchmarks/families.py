@@ -4,6 +4,7 @@ Memory and time do not depend on the weights, so nothing is downloaded.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ def t5(layers: int, batch: int, length: int) -> tuple[nn.Module, Batch]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     half = max(1, layers // 2)
-    sizes = {"num_layers": half, "num_decoder_layers": half, "vocab_size": VOCABULARY}
-    config = T5Config(**sizes, use_cache=False, decoder_start_token_id=0)
+    config: Any = T5Config(num_layers=half, num_decoder_layers=half, vocab_size=VOCABULARY, use_cache=False)
+    config.decoder_start_token_id = 0
     return T5ForConditionalGeneration(config), _causal(batch, length)
 
 
