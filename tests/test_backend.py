@@ -40,8 +40,8 @@ TRAIN = """
     from torch._dynamo.utils import counters
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
-    compiled = torch.compile(model, backend="wtacrs", options=json.loads({options!r}))
     assert "wtacrs_fx" not in sys.modules
+    compiled = torch.compile(model, backend="wtacrs", options=json.loads({options!r}))
     torch.manual_seed(1)
     compiled(torch.randn(256, 64)).square().sum().backward()
     wtacrs_fx = sys.modules["wtacrs_fx"]
@@ -148,7 +148,7 @@ def test_mode_is_translated(monkeypatch):
     original = compile_fx.compile_fx
 
     def spy(gm, inputs, config_patches=None, **kwargs):
-        seen.update(config_patches)
+        seen.update(config_patches or {})  # (it calls itself, without patches)
         return original(gm, inputs, config_patches=config_patches, **kwargs)
 
     monkeypatch.setattr(compile_fx, "compile_fx", spy)
