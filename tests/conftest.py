@@ -14,6 +14,7 @@ def _fresh_state():
     """Every test traces afresh, from one seed."""
     torch._dynamo.reset()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 
 def pytest_unconfigure():

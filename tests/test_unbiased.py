@@ -8,7 +8,7 @@ import wtacrs_fx
 
 from helpers import SMALL, Moments, Transformer, gradients, transformer_batch
 
-DRAWS = 600
+DRAWS = 400
 
 
 def z_scores(options: dict, draws: int) -> tuple[dict, dict, Moments, wtacrs_fx.Ledger]:
