@@ -27,6 +27,18 @@ def record(model: nn.Module, *args: Tensor, **options) -> tuple[Recorder, dict[s
     return recorder, exact, gradients(model, *args, call=torch.compile(model, backend=recorder))
 
 
+class Reused(nn.Module):
+    """The input of b is also a factor of the result, so that the backward reads it whole."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return (self.b(h) * self.c(x) * h).sum()
+
+
 class TestKinds:
     def graph(self) -> tuple[Graph, dict[str, object]]:
         graph = Graph()
@@ -252,46 +264,19 @@ class TestSample:
     def test_late_where_the_input_is_needed_whole(self):
         """The next op's backward reads the input itself, so rows beside it would be bytes for nothing."""
 
-        class Net(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a, self.b, self.c = (nn.Linear(128, 128) for _ in range(3))
-
-            def forward(self, x: Tensor) -> Tensor:
-                h = self.a(x)
-                return (self.b(h) * self.c(x) * h).sum()
-
-        recorder, _, _ = record(Net(), torch.randn(256, 128), ratio=0.25)
+        recorder, _, _ = record(Reused(128), torch.randn(256, 128), ratio=0.25)
         entry = next(e for e in recorder.ledger.entries if e.module == "b")
         assert entry.decision == "late"
         assert entry.reason == "input also needed by aten.mul.Tensor"
 
     def test_narrow_products_do_not_become_late(self):
-        class Net(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
-
-            def forward(self, x: Tensor) -> Tensor:
-                h = self.a(x)
-                return (self.b(h) * self.c(x) * h).sum()
-
-        recorder, _, _ = record(Net(), torch.randn(256, 64), ratio=0.25)
+        recorder, _, _ = record(Reused(64), torch.randn(256, 64), ratio=0.25)
         entry = next(e for e in recorder.ledger.entries if e.module == "b")
         assert entry.decision == "exact"
         assert "narrower than 128" in entry.reason
 
     def test_late_exact_option(self):
-        class Net(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a, self.b, self.c = (nn.Linear(128, 128) for _ in range(3))
-
-            def forward(self, x: Tensor) -> Tensor:
-                h = self.a(x)
-                return (self.b(h) * self.c(x) * h).sum()
-
-        recorder, exact, sampled = record(Net(), torch.randn(256, 128), ratio=0.25, late="exact")
+        recorder, exact, sampled = record(Reused(128), torch.randn(256, 128), ratio=0.25, late="exact")
         assert {e.module: e.decision for e in recorder.ledger.entries} == {"a": "early", "b": "exact", "c": "early"}
         assert calls(recorder.backward[0], wtacrs.select_rows.default) == 0
         torch.testing.assert_close(sampled["b.weight"], exact["b.weight"])
