@@ -217,7 +217,7 @@ def test_activations_that_are_not_finite(value, late):
 def test_wrong_torch_version_warns_with_both(monkeypatch):
     backend.check_torch_version.cache_clear()
     monkeypatch.setattr(torch, "__version__", "2.99.0")
-    with pytest.warns(WtacrsWarning, match=r"tested with torch 2\.\d+ to 2\.\d+, this is torch 2\.99\.0"):
+    with pytest.warns(WtacrsWarning, match=r"tested with torch [\d. to]+, this is torch 2\.99\.0"):
         backend.check_torch_version()
     backend.check_torch_version.cache_clear()
 

@@ -23,8 +23,8 @@ from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.partition import partition
 from wtacrs_fx.passes.sites import clean_module_path
 
-TESTED = ((2, 11), (2, 14))
-"""Oldest and newest torch (major, minor) that the package is meant for."""
+TESTED = ((2, 13), (2, 13))
+"""Oldest and newest torch (major, minor) that the test suite was run with. 2.11 is the oldest that can be installed."""
 
 _ledgers: deque[Ledger] = deque(maxlen=256)
 
@@ -211,13 +211,13 @@ def source_hash() -> str:
 
 @functools.cache
 def check_torch_version() -> None:
-    """Warn once if torch is older or newer than the versions this package is meant for."""
+    """Warn once if torch is older or newer than the versions that the test suite was run with."""
     version = tuple(int(x) for x in torch.__version__.split(".")[:2])
     if not TESTED[0] <= version <= TESTED[1]:
-        oldest, newest = (".".join(map(str, v)) for v in TESTED)
+        tested = " to ".join(dict.fromkeys(".".join(map(str, v)) for v in TESTED))
         warnings.warn(
-            f"wtacrs-fx {importlib.metadata.version('wtacrs-fx')} was tested with torch {oldest} to {newest}, this is "
-            f"torch {torch.__version__}; if it fails, install a torch in that range.",
+            f"wtacrs-fx {importlib.metadata.version('wtacrs-fx')} was tested with torch {tested}, this is torch "
+            f"{torch.__version__}; if it fails, install a tested one.",
             WtacrsWarning,
             stacklevel=2,
         )
