@@ -35,12 +35,19 @@ def classify(graph: Graph, weights: Collection[Node]) -> dict[Node, Kind]:
         if node.op == "placeholder":
             kinds[node] = Kind.GRADIENT if is_tangent(node) else Kind.WEIGHT if node in weights else Kind.ACTIVATION
         elif node.op != "output":
-            own = Kind.ACTIVATION if _is_random(node) else Kind.WEIGHT
+            own = Kind.ACTIVATION if draws(node) else Kind.WEIGHT
             kinds[node] = max((kinds[n] for n in node.all_input_nodes), default=own)
     return kinds
 
 
-def _is_random(node: Node) -> bool:
+def draws(node: Node) -> bool:
+    """Whether running the node twice gives two results. Fused attention without dropout bears the tag and draws nothing."""
     if node.target is torch.ops.prims.inductor_seeds.default:
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    if "scaled_dot_product" not in node.target.name():
+        return True
+    names = [a.name for a in node.target._schema.arguments]
+    values = {**dict(zip(names, node.args)), **node.kwargs}
+    return bool(values.get("dropout_p", 0.0))

@@ -2,8 +2,10 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import Graph, GraphModule, Node
@@ -12,9 +14,12 @@ import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.account import build_ledger, saved_bytes
+from wtacrs_fx.passes.budget import Uncut, handed_on, parts, plan_recomputation, predict, roofline_of
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify, is_tangent
+from wtacrs_fx.passes.planner import Plan
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
+from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, find_sites, gradient_outputs, primals
@@ -35,35 +40,45 @@ def partition(
     """Forward graph, backward graph and ledger of a joint graph.
 
     The exact partition is made for comparison. Then every admitted site is sampled late and the graph is cut: the backward
-    now needs inputs at their kept rows only, and most can be computed from tensors saved for something else. Inputs that
-    this cut saves for nothing but their own site become early sites, whose kept rows are smaller, and the graph is cut
-    again. (A third sampled cut is needed only if the backward turns out to hold such an input all the same.)
+    now needs inputs at their kept rows only, and most can be computed from tensors saved for something else. Then it is
+    decided what is recomputed (``memory_budget``, and the user's own checkpoint regions). Inputs that the cut saves for
+    nothing but their own site become early sites, whose kept rows are smaller, and the graph is cut again. (A last cut
+    is needed only if the backward turns out to hold such an input all the same.)
 
     Args:
         joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, kwargs: as AOTAutograd gives them to
             ``min_cut_rematerialization_partition``, to which they go on.
-        config: what to sample.
+        config: what to sample, and the memory budget.
         names: per primal its parameter's name, where known.
 
     Returns:
         (forward, backward, ledger). A graph without tangents is partitioned exactly and has no ledger; nor has one whose
         backward has no matrix product at all, such as a loss behind a graph break.
+
+    Raises:
+        BudgetError: the memory budget is in bytes and cannot be met.
     """
 
-    def cut(module: GraphModule, outputs: int) -> Partition:
-        return min_cut_rematerialization_partition(
-            module,
-            joint_inputs,
-            num_fwd_outputs=outputs,
-            static_lifetime_input_indices=list(static_lifetime_input_indices or ()),
-            **kwargs,
-        )
+    def cut(module: GraphModule, outputs: int, **torch_options: Any) -> Partition:
+        if config.memory_budget is not None:
+            torch_options["activation_memory_budget"] = 1.0
+        with functorch_config.patch(torch_options):
+            return min_cut_rematerialization_partition(
+                module,
+                joint_inputs,
+                num_fwd_outputs=outputs,
+                static_lifetime_input_indices=list(static_lifetime_input_indices or ()),
+                **kwargs,
+            )
 
     if not any(is_tangent(n) for n in joint.graph.nodes):
         return (*cut(joint, num_fwd_outputs), None)
 
     joint.graph.eliminate_dead_code()
     joint.graph = fx_graph_cse(joint.graph)  # one node per value, so that sites that share an input share its node
+    protect_draws(joint.graph)
+    exact = cut(copy_joint(joint)[0], num_fwd_outputs)
+    users = take_user_regions(joint.graph)
     weights = weight_placeholders(joint.graph, num_fwd_outputs, static_lifetime_input_indices)
     kinds = classify(joint.graph, weights)
     sites = find_sites(
@@ -72,25 +87,109 @@ def partition(
         gradient_outputs(joint.graph, num_fwd_outputs, weights),
         parameter_names(joint.graph, names),
     )
-    plan = decide(sites, config)
-    weight_names = {n.name for n in weights}
-
-    exact = cut(copy_joint(joint)[0], num_fwd_outputs)
-    best, done = exact, Sampled()
-    if any(d.action is not Action.EXACT for d in plan):
-        attempt = functools.partial(_sample_and_cut, joint, num_fwd_outputs=num_fwd_outputs, cut=cut, config=config)
-        held = functools.partial(saved_bytes, num_fwd_outputs=num_fwd_outputs, weights=weight_names)
-        best, done = attempt(plan)
-        saved = {view_base(n).name for n in saved_tensors(best[0], num_fwd_outputs)}
-        revised, changed = settle(plan, saved, needed_whole(plan, kinds))
-        plan, best, done = _better(plan, best, done, revised, changed, attempt, held)
-        in_backward = {n.name for n in best[1].graph.nodes}
-        revised, changed = retreat(plan, in_backward, config)
-        plan, best, done = _better(plan, best, done, revised, changed, attempt, held)
-        check_partition(*best, plan, done, num_fwd_outputs)
+    work = _Work(joint, num_fwd_outputs, cut, config, kinds, {n.name for n in weights}, exact)
+    work.run(decide(sites, config), users)
     if not sites and not any(kind is Kind.GRADIENT and node.target in CONTRACTIONS for node, kind in kinds.items()):
-        return (*best, None)
-    return (*best, build_ledger(plan, done, exact[0], best[0], num_fwd_outputs, weight_names))
+        return (*work.best, None)
+    return (*work.best, work.ledger())
+
+
+@dataclass
+class _Work:
+    """The best partition so far, and what it takes to try another."""
+
+    joint: GraphModule
+    num_fwd_outputs: int
+    cut: Callable[..., Partition]
+    config: Config
+    kinds: Mapping[Node, Kind]
+    weights: set[str]
+    exact: Partition
+    plan: list[Decision] = field(default_factory=list)
+    done: Sampled = field(default_factory=Sampled)
+    recomputed: set[Node] = field(default_factory=set)
+    starts: dict[Node, str] = field(default_factory=dict)
+    """Tensors from which recomputation starts, and what for."""
+    recomputation: Plan | None = None
+    uncut: Uncut | None = None
+
+    def __post_init__(self) -> None:
+        self.best = self.exact
+        self.device = roofline_of(self.joint.graph)
+        self.prediction = predict(self.exact, self.num_fwd_outputs, self.weights, self.device)
+
+    def run(self, plan: list[Decision], users: set[Node]) -> None:
+        """Cut with everything late; decide on recomputation; settle; retreat."""
+        self.plan, self.recomputed = plan, users
+        sampled = any(d.action is not Action.EXACT for d in plan)
+        if not (sampled or users or self.config.memory_budget is not None):
+            return
+        self.best, self.done, self.uncut = self._attempt(plan)
+        needed = needed_whole(plan, self.kinds)
+        if self.config.memory_budget is not None:
+            self._budget(users)
+            needed |= self.starts
+        revised, changed = settle(plan, self._saved(), needed, self.config, self.recomputed)
+        if self.recomputed != users:
+            self.plan = revised
+            self.best, self.done, _ = self._attempt(revised)
+        else:
+            self._improve(revised, changed)
+        self._improve(*retreat(self.plan, {n.name for n in self.best[1].graph.nodes}, self.config))
+        check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
+
+    def ledger(self) -> Ledger:
+        exact, now = self.exact[0], self.best[0]
+        ledger = build_ledger(self.plan, self.done, exact, now, self.num_fwd_outputs, self.weights)
+        return replace(
+            ledger,
+            predicted_exact=self.prediction,
+            predicted=predict(self.best, self.num_fwd_outputs, self.weights, self.device),
+            parts=tuple(parts(self.recomputation)) if self.recomputation else (),
+        )
+
+    def _budget(self, users: set[Node]) -> None:
+        """Decide what is recomputed, and from what."""
+        assert self.uncut is not None
+        by_name = {n.name: n for n in self.joint.graph.nodes}
+        self.recomputation = plan_recomputation(
+            self.uncut,
+            {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)},
+            self.weights,
+            self.prediction,
+            {n.name for n in users},
+            self.config,
+            self.device,
+        )
+        chosen = {by_name[n.name] for n in self.recomputation.recomputed if n.name in by_name}
+        self.recomputed = users | chosen
+        self.starts = {by_name[name]: why for name, why in handed_on(self.recomputation).items() if name in by_name}
+
+    def _saved(self) -> set[str]:
+        return {view_base(n).name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
+
+    def _improve(self, revised: list[Decision], changed: int) -> None:
+        """Take the revised plan, unless its partition holds more bytes than the one it came from."""
+        if not changed:
+            self.plan = revised  # the same actions, with their reasons
+            return
+        again, done, _ = self._attempt(revised)
+        held = functools.partial(saved_bytes, num_fwd_outputs=self.num_fwd_outputs, weights=self.weights)
+        if held(again[0]) <= held(self.best[0]):
+            self.plan, self.best, self.done = revised, again, done
+
+    def _attempt(self, plan: Sequence[Decision]) -> tuple[Partition, Sampled, Uncut]:
+        module, env = copy_joint(self.joint)
+        severed = Severed(module.graph)
+        done = sample(module.graph, plan, env, severed, self.config)
+        outputs = severed.extend_outputs(self.num_fwd_outputs)
+        # Copies are equal to their originals until the cut has parted them, so torch must not merge equal nodes again.
+        copies = recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
+        module.graph.lint()
+        uncut = Uncut(module.graph, outputs)
+        forward, backward = self.cut(module, outputs, cse=not copies)
+        severed.join(forward, self.num_fwd_outputs)
+        return (forward, backward), done, uncut
 
 
 def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
@@ -116,42 +215,6 @@ def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str
         if name:
             result[node] = name
     return result
-
-
-def _better(
-    plan: list[Decision],
-    best: Partition,
-    done: Sampled,
-    revised: list[Decision],
-    changed: int,
-    attempt: Callable[[list[Decision]], tuple[Partition, Sampled]],
-    held: Callable[[GraphModule], int],
-) -> tuple[list[Decision], Partition, Sampled]:
-    """The revised plan with its partition, unless it holds more bytes than the plan it came from."""
-    if not changed:
-        return revised, best, done  # the same actions, with their reasons
-    again, done_again = attempt(revised)
-    if held(again[0]) > held(best[0]):
-        return plan, best, done
-    return revised, again, done_again
-
-
-def _sample_and_cut(
-    joint: GraphModule,
-    plan: Sequence[Decision],
-    *,
-    num_fwd_outputs: int,
-    cut: Callable[[GraphModule, int], Partition],
-    config: Config,
-) -> tuple[Partition, Sampled]:
-    module, env = copy_joint(joint)
-    severed = Severed(module.graph)
-    done = sample(module.graph, plan, env, severed, config)
-    outputs = severed.extend_outputs(num_fwd_outputs)
-    module.graph.lint()
-    forward, backward = cut(module, outputs)
-    severed.join(forward, num_fwd_outputs)
-    return (forward, backward), done
 
 
 def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:

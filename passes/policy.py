@@ -62,34 +62,40 @@ def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
     return plan
 
 
-def settle(plan: Sequence[Decision], saved: Collection[str], needed: Mapping[Node, str]) -> tuple[list[Decision], int]:
+def settle(
+    plan: Sequence[Decision],
+    saved: Collection[str],
+    needed: Mapping[Node, str],
+    config: Config,
+    recomputed: Collection[Node] = (),
+) -> tuple[list[Decision], int]:
     """Late decisions after a cut with them, in the light of what that cut saves.
 
     An input that is not saved is computed again at the kept rows from tensors that are. One that is saved only for its
     own site becomes early: its kept rows are fewer bytes. One that something else needs stays late, or becomes exact where
-    the product is too narrow to be worth a draw.
+    the product is too narrow to be worth a draw. So does one that is recomputed whole.
 
     Args:
         plan: decisions of the cut.
         saved: names of the tensors (view bases) it saves.
         needed: tensor -> the op of the backward that needs it whole, from :func:`needed_whole`.
+        config: whether inputs that are in memory anyway are sampled.
+        recomputed: nodes that the backward computes again.
 
     Returns: the new plan, and how many actions changed.
     """
     new = []
     for decision in plan:
-        if decision.action is Action.LATE:
+        if decision.action is not Action.EXACT and decision.base in recomputed:
+            decision = _in_memory(decision, "input recomputed with its segment", config)
+        elif decision.action is Action.LATE:
             op = needed.get(decision.base)
             if decision.base.name not in saved:
                 decision = decision.to(Action.LATE, "input recomputed at the kept rows")
             elif op is None:
                 decision = decision.to(Action.EARLY, "")
-            elif _is_narrow(decision.site):
-                decision = decision.to(
-                    Action.EXACT, f"input also needed by {op}; product narrower than {MIN_LATE_WIDTH}"
-                )
             else:
-                decision = decision.to(Action.LATE, f"input also needed by {op}")
+                decision = _in_memory(decision, f"input also needed by {op}", config)
         new.append(decision)
     return new, sum(a.action is not b.action for a, b in zip(plan, new))
 
@@ -100,14 +106,18 @@ def retreat(plan: Sequence[Decision], in_backward: Collection[str], config: Conf
     new = []
     for decision in plan:
         if decision.action is Action.EARLY and decision.base.name in in_backward:
-            if config.late == "exact":
-                decision = decision.to(Action.EXACT, "input is in memory in the backward anyway; late='exact'")
-            elif _is_narrow(decision.site):
-                decision = decision.to(Action.EXACT, f"input saved anyway; product narrower than {MIN_LATE_WIDTH}")
-            else:
-                decision = decision.to(Action.LATE, "input saved anyway")
+            decision = _in_memory(decision, "input saved anyway", config)
         new.append(decision)
     return new, sum(a.action is not b.action for a, b in zip(plan, new))
+
+
+def _in_memory(decision: Decision, why: str, config: Config) -> Decision:
+    """A site whose input the backward has in memory whole, so that sampling saves FLOPs only."""
+    if config.late == "exact":
+        return decision.to(Action.EXACT, f"{why}; late='exact'")
+    if _is_narrow(decision.site):
+        return decision.to(Action.EXACT, f"{why}; product narrower than {MIN_LATE_WIDTH}")
+    return decision.to(Action.LATE, why)
 
 
 def needed_whole(plan: Sequence[Decision], kinds: Mapping[Node, Kind]) -> dict[Node, str]:
@@ -122,7 +132,7 @@ def needed_whole(plan: Sequence[Decision], kinds: Mapping[Node, Kind]) -> dict[N
                     continue
                 if kinds[user] is Kind.GRADIENT:
                     result[base] = str(user.target)
-                elif _is_view(user):
+                elif is_view(user):
                     stack.append(user)
     return result
 
@@ -150,7 +160,7 @@ def draw_group(site: Site) -> tuple:
 
 def view_base(node: Node) -> Node:
     """The tensor that a node is a view of (the node itself if it is none)."""
-    while node.op == "call_function" and _is_view(node) and isinstance(node.args[0], Node):
+    while node.op == "call_function" and is_view(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
@@ -163,7 +173,7 @@ def hint(size: "int | torch.SymInt") -> int:
     return int(size)
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.arguments:
         return False

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,13 @@ class Config:
         "What to do where the input is in memory in the backward anyway: 'sample' (rows chosen by the true gradient; "
         "saves FLOPs) or 'exact'.",
     )
+    memory_budget: float | int | str | None = _option(
+        None,
+        "Least-time plan of what the backward recomputes, block by block, so that the predicted peak of a step's activations "
+        "stays below: a float in (0, 1], share of the exact partition's peak; an int or a string such as '12GiB', bytes. "
+        "'auto': the least peak that is predicted to take no longer than exact training. None: nothing is recomputed but "
+        "what Inductor itself recomputes.",
+    )
     seed: int | None = _option(
         None, "None: draws follow torch.manual_seed. An integer: draws come from a generator of their own."
     )
@@ -85,6 +93,7 @@ class Config:
         _check_choice("inner", self.inner, ("inductor", "eager"))
         _check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
         _check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
+        _check_budget(self.memory_budget)
         if self.seed is not None:
             _check_number(
                 "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
@@ -153,6 +162,46 @@ def _inductor_options(value: Any) -> dict[str, Any]:
             "wtacrs_fx.partitioner(...) from your own."
         )
     return dict(value)
+
+
+def parse_bytes(value: "int | str") -> int:
+    """``"12GiB"`` -> 12884901888; an int is bytes already. Units: B, KiB, MiB, GiB, TiB, and KB, MB, GB, TB for powers of 1000.
+
+    Raises:
+        ValueError: a string of another form.
+    """
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", value)
+    if not match:
+        raise ValueError(f"{value!r}: expected a number of bytes with a unit, such as '12GiB' or '800MB'.")
+    unit = match[2] or ""
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " KMGT".index(unit[:1] or " "))
+
+
+def _check_budget(value: Any) -> None:
+    expected = "None, 'auto', a float in (0, 1] (share of the exact peak), or bytes as an int or a string such as '12GiB'"
+    if value is None or value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError(f"memory_budget={value!r}: expected {expected}.")
+    if isinstance(value, str):
+        try:
+            number: float = parse_bytes(value)
+        except ValueError as error:
+            raise ValueError(f"memory_budget={value!r}: expected {expected}.") from error
+    else:
+        number = value
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"memory_budget={value!r}: expected {expected}.")
+    if isinstance(value, int) and 0 < value < 1024:
+        raise ValueError(
+            f"memory_budget={value!r}: an int is a number of bytes, and this is less than 1 KiB; a share of the exact peak is "
+            f"a float, {float(value)}."
+        )
+    if not number > 0:
+        raise ValueError(f"memory_budget={value!r}: expected {expected}.")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -7,3 +7,7 @@ class WtacrsWarning(UserWarning):
 
 class InvariantError(RuntimeError):
     """A partitioned graph failed the check that every draw is one unit. Nothing wrong was trained: compilation stops."""
+
+
+class BudgetError(ValueError):
+    """A memory budget in bytes that no plan can meet. The message says the least peak and what holds it."""

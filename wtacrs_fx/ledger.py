@@ -30,6 +30,33 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A segment of the forward, and whether the backward computes it again."""
+
+    name: str
+    decision: str
+    """"keep" or "recompute"."""
+    kept: tuple[str, ...]
+    """Products of a recomputed segment whose results are saved all the same."""
+    flops_added: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model of memory and time says about a partition."""
+
+    peak: int
+    """Largest sum of live bytes of a step: activations, gradients of activations and temporaries; parameters and
+    gradients of parameters left out."""
+    allocated: int
+    """The same with the gradients of parameters: what an allocator sees above what was there before the step."""
+    seconds: float
+    """Time of a step by the device's roofline; only ratios are meant."""
+    flops: int
+
+
+@dataclass(frozen=True)
 class Ledger:
     """All sites of one training graph and what autograd holds for it in all.
 
@@ -40,6 +67,10 @@ class Ledger:
     entries: tuple[Entry, ...]
     saved_bytes_exact: int
     saved_bytes: int
+    predicted_exact: Prediction | None = None
+    predicted: Prediction | None = None
+    parts: tuple[Part, ...] = ()
+    """Segments, where a memory budget was asked for."""
 
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
@@ -56,7 +87,9 @@ class Ledger:
         Raises: KeyError or TypeError if a field is missing or unknown.
         """
         entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in data["entries"])
-        return cls(entries, data["saved_bytes_exact"], data["saved_bytes"])
+        parts = tuple(Part(**{**p, "kept": tuple(p["kept"])}) for p in data["parts"])
+        exact, now = (Prediction(**data[k]) if data[k] else None for k in ("predicted_exact", "predicted"))
+        return cls(entries, data["saved_bytes_exact"], data["saved_bytes"], exact, now, parts)
 
     def table(self) -> str:
         """One line per site and the totals, as text."""

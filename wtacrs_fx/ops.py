@@ -52,3 +52,17 @@ def select_rows(importance: Tensor, seed: Tensor, stream: int, k: int, estimator
 def _(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> tuple[Tensor, Tensor]:
     n = torch.sym_min(k, importance.shape[0])
     return importance.new_empty((n,), dtype=torch.int64), importance.new_empty((n,), dtype=torch.float32)
+
+
+@torch.library.custom_op("wtacrs::constant_after", mutates_args=())
+def constant_after(token: Tensor, value: int, dtype: torch.dtype) -> Tensor:
+    """The scalar ``value``, not before ``token`` has been computed, whose numbers are not read.
+
+    What is multiplied by this 1 or added to this 0 keeps its value to the bit, and no compiler can compute it earlier.
+    """
+    return torch.full((), value, dtype=dtype, device=token.device)
+
+
+@constant_after.register_fake
+def _(token: Tensor, value: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((), dtype=dtype, device=token.device)

@@ -1,0 +1,79 @@
+"""What a node costs: FLOPs by torch's own formulas, bytes by its tensors, seconds by a roofline of the device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from wtacrs_fx.passes.policy import hint
+
+aten = torch.ops.aten
+
+
+def flops(node: Node) -> int:
+    """Floating-point operations of a matrix product, convolution or fused attention; 0 for anything else."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    packet = node.target.overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # not among torch's formulas
+        return sdpa_flop_count(*(_shape(a) for a in node.args[:3]))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return sdpa_backward_flop_count(*(_shape(a) for a in node.args[:4]))
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0
+    args, kwargs = map_arg((node.args, node.kwargs), _sized)
+    return int(formula(*args, **kwargs, out_val=tree_map(_meta, node.meta["val"])))
+
+
+def nbytes(node: Node) -> int:
+    """Bytes of the node's own tensors (all of them for a node that returns several)."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return sum(hint(v.numel()) * v.dtype.itemsize for v in values if isinstance(v, torch.Tensor))
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """FLOPs and bytes per second of a device, for weighing recomputation against matrix products. Only ratios of
+    predicted times are used, so what matters is ``flops / bandwidth``."""
+
+    flops: float
+    bandwidth: float
+
+    def seconds(self, flops: float, moved: float) -> float:
+        """Time of work with so many FLOPs that moves so many bytes: a kernel is bound by one of the two."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
+
+def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Torch's own figures for a CUDA device; for a CPU two cores' worth of vector units and memory.
+
+    On a machine that does not have the device (a prediction made elsewhere) it is that of an H100.
+    """
+    if device.type != "cuda":
+        return Roofline(flops=1.0e11, bandwidth=1.5e10)
+    if not torch.cuda.is_available():
+        return Roofline(flops=6.0e14 if dtype.itemsize == 2 else 3.0e14, bandwidth=2.6e12)
+    from torch._inductor.utils import get_device_tflops, get_gpu_dram_gbps
+
+    return Roofline(flops=0.7e12 * get_device_tflops(dtype), bandwidth=0.8e9 * get_gpu_dram_gbps())
+
+
+def _sized(node: Node) -> Any:
+    return tree_map(_meta, node.meta["val"])
+
+
+def _meta(value: Any) -> Any:
+    """A tensor of the example's sizes, without data: formulas compute with ints, never with symbols."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device="meta")
+    return hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def _shape(node: Any) -> torch.Size:
+    return torch.Size(hint(s) for s in node.meta["val"].shape)

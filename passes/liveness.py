@@ -1,0 +1,248 @@
+"""Predict which buffers a graph will have when Inductor has compiled it, when each is alive, and how long it runs.
+
+Inductor computes pointwise operations inside the kernels that read them. A node gets memory of its own if it is computed by
+a library call (matrix product, fused attention, scatter), is a reduction, is returned, is read by a library call, or is
+reused and reads more than a few buffers itself (Inductor's thresholds). Everything else lives in registers, and keeps what
+it reads alive until its reader has run.
+"""
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch._inductor import config as inductor_config
+from torch.fx import Graph, Node
+
+from wtacrs_fx.passes.cost import Roofline, flops
+from wtacrs_fx.passes.policy import hint, is_view, view_base
+from wtacrs_fx.passes.sites import graph_outputs
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_REDUCTIONS = (
+    aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default,
+    aten.var_mean.correction, aten.var.correction, aten.argmax.default, aten.any.default, aten.any.dim, aten.prod.dim_int,
+    prims.var.default,
+)  # fmt: skip
+_POINTWISE = (
+    aten.index.Tensor, aten.gather.default, aten.embedding.default, aten.full.default, aten.full_like.default, aten.arange.start_step,
+    aten.zeros_like.default, aten.ones_like.default, aten.clone.default, aten.constant_pad_nd.default, aten.scalar_tensor.default,
+    prims.iota.default, prims.convert_element_type.default, prims.inductor_random.default, prims.inductor_lookup_seed.default,
+    aten.where.self, aten._to_copy.default, aten.copy.default, aten.slice_scatter.default, aten.select_scatter.default,
+)  # fmt: skip
+
+_COSTLY = (aten.exp.default, aten.sigmoid.default)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A node with memory of its own, and the buffers it reads."""
+
+    node: Node
+    reads: frozenset[Node]
+    size: int
+    library: bool
+    """Whether it runs alone; others may be fused with their neighbours."""
+    internal: bool = False
+    """Whether all its readers are in the same fused kernel: Inductor plans memory for it and then drops it."""
+
+
+@dataclass
+class Timeline:
+    """Live bytes over the kernels of a graph. ``resident`` are those that stay (gradients of parameters)."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+    live: list[int] = field(default_factory=list)
+    """While each kernel runs: everything that the graph was given or allocates."""
+    resident: list[int] = field(default_factory=list)
+    """Part of ``live``: finished gradients of parameters."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.live, default=0)
+
+    @property
+    def activation_peak(self) -> int:
+        """Peak of what is not a gradient of a parameter."""
+        return max((a - b for a, b in zip(self.live, self.resident)), default=0)
+
+    def seconds(self, roofline: Roofline) -> float:
+        """Predicted run time."""
+        return sum(
+            roofline.seconds(flops(k.node), k.size + sum(map(buffer_bytes, k.reads))) for k in self.kernels
+        )
+
+
+def is_library_call(node: Node) -> bool:
+    """Whether Inductor computes the node outside of its own kernels, from and to memory."""
+    if node.op != "call_function" or node.target is operator.getitem or is_view(node):
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool))
+    if node.target in _REDUCTIONS or node.target in _POINTWISE:
+        return False
+    return torch.Tag.pointwise not in node.target.tags
+
+
+def buffer_bytes(node: Node) -> int:
+    """Bytes of a tensor's storage; 0 for anything else."""
+    value = node.meta.get("val")
+    return hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
+
+
+def timeline(
+    nodes: Sequence[Node], given: Collection[Node], returned: Collection[Node], stays: Collection[Node] = ()
+) -> Timeline:
+    """Simulate a graph.
+
+    Args:
+        nodes: calls in the order in which they run.
+        given: view bases in memory at the start that are freed behind their last reader. Other inputs count nothing.
+        returned: view bases that are alive at the end.
+        stays: those of ``returned`` that are gradients of parameters.
+    """
+    kernels = _kernels(nodes, given, returned)
+    groups = _fused(kernels)
+    last: dict[Node, int] = {}
+    for i, group in enumerate(groups):
+        for kernel in group:
+            last.update(dict.fromkeys(kernel.reads, i))
+            last.setdefault(kernel.node, i)
+    real = [[k for k in group if not k.internal] for group in groups]
+    dies: list[list[Node]] = [[] for _ in groups]
+    alive = set(given) | {k.node for group in real for k in group}
+    for node, i in last.items():
+        if node in alive and node not in returned:
+            dies[i].append(node)
+    live = sum(map(buffer_bytes, given))
+    resident = 0
+    lives, residents = [], []
+    for group, dying in zip(real, dies):
+        live += sum(k.size for k in group)
+        resident += sum(k.size for k in group if k.node in stays)
+        lives.append(live)
+        residents.append(resident)
+        live -= sum(map(buffer_bytes, dying))
+    estimate = [a + sum(k.size for k in g if k.internal) for a, g in zip(lives, groups)]
+    held = _held_for_reuse(real, dies, estimate)
+    result = Timeline()
+    for group, a, b, c in zip(real, lives, residents, held):
+        for kernel in group:
+            result.kernels.append(kernel)
+            result.live.append(a + c)
+            result.resident.append(b)
+    return result
+
+
+def _held_for_reuse(groups: Sequence[Sequence[Kernel]], dies: Sequence[Sequence[Node]], estimate: list[int]) -> list[int]:
+    """Bytes of dead buffers that Inductor keeps for a later buffer of the same size, while each group runs.
+
+    It does so as long as its own estimate of the peak does not rise, which includes the buffers that it drops in the end.
+    """
+    top = max(estimate, default=0)
+    held = [0] * len(groups)
+    pool: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, (group, dying) in enumerate(zip(groups, dies)):
+        for kernel in group:
+            waiting = pool.get(_key(kernel.node))
+            if waiting and (waiting[-1] + 1 >= i or kernel.size + max(estimate[waiting[-1] + 1 : i]) <= top):
+                for j in range(waiting.pop() + 1, i):
+                    held[j] += kernel.size
+                    estimate[j] += kernel.size
+        for node in dying:
+            if buffer_bytes(node) and node.op == "call_function":
+                pool.setdefault(_key(node), []).append(i)
+    return held
+
+
+def _key(node: Node) -> tuple[int, torch.dtype]:
+    value = node.meta.get("val")
+    return buffer_bytes(node), value.dtype if isinstance(value, torch.Tensor) else torch.float32
+
+
+def _fused(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
+    """Kernels that run as one: neighbours that are no library calls. None of their outputs takes the memory of an input: where
+    Inductor does that, it keeps other dead buffers for reuse, up to the peak that it estimates without."""
+    groups: list[list[Kernel]] = []
+    for kernel in kernels:
+        if groups and not kernel.library and not groups[-1][-1].library:
+            groups[-1].append(kernel)
+        else:
+            groups.append([kernel])
+    return groups
+
+
+def _kernels(nodes: Sequence[Node], given: Collection[Node], returned: Collection[Node]) -> list[Kernel]:
+    library = {n for n in nodes if is_library_call(n)}
+    epoch, count = {}, 0
+    for node in nodes:
+        epoch[node] = count
+        count += node in library
+    users: dict[Node, list[Node]] = {}
+    for node in nodes:
+        if not is_view(node):
+            for base in {view_base(n) for n in node.all_input_nodes}:
+                users.setdefault(base, []).append(node)
+    inside = set(nodes)
+    gathered = _gathered(nodes, users)
+    inlined: dict[Node, frozenset[Node]] = {}
+    kernels = []
+    for node in nodes:
+        if is_view(node):
+            continue
+        bases = {view_base(n) for n in node.all_input_nodes}
+        reads: set[Node] = set()
+        for base in bases:
+            reads |= inlined.get(base, {base} if base in inside or base in given else set())
+        readers = users.get(node, [])
+        if node.target is operator.getitem:
+            kernels.append(Kernel(node, frozenset(), buffer_bytes(node), library=True))
+        elif node in library:
+            kernels.append(Kernel(node, frozenset(reads), buffer_bytes(node), library=True))
+        elif node.target in _REDUCTIONS or node in returned or any(r in library for r in readers) or node in gathered:
+            kernels.append(Kernel(node, frozenset(reads), buffer_bytes(node), library=False))
+        elif _is_realized(node, readers, reads):
+            internal = all(epoch[r] == epoch[node] for r in readers)
+            kernels.append(Kernel(node, frozenset(reads), buffer_bytes(node), library=False, internal=internal))
+            if internal:
+                inlined[node] = frozenset(reads)
+        else:
+            inlined[node] = frozenset(reads)
+    return kernels
+
+
+def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]]) -> set[Node]:
+    """Values that Inductor writes to memory on CPU because they are costly and have several readers, and that stay there
+    because one reader gathers rows of them: exp and sigmoid, and what is computed from them and gathered."""
+    result: set[Node] = set()
+    for node in nodes:
+        if node.target in _COSTLY and node.meta["val"].device.type == "cpu" and len(users.get(node, ())) > 1:
+            stack, seen = [node], {node}
+            while stack:
+                for reader in users.get(stack.pop(), ()):
+                    if reader.target is aten.index.Tensor:
+                        result.add(node)
+                    elif reader not in seen and not is_library_call(reader) and reader.target not in _REDUCTIONS:
+                        seen.add(reader)
+                        stack.append(reader)
+    return result
+
+
+def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node]) -> bool:
+    """Inductor's rule for values that it might as well compute again in every reader."""
+    many = inductor_config.realize_reads_threshold
+    costly = node.target in _COSTLY and node.meta["val"].device.type == "cpu"
+    return (len(readers) > 1 and (costly or len(reads) > many)) or len(reads) > 2 * many
+
+
+def module_timeline(graph: Graph, weights: Collection[str], outputs: Iterable[Node], *, backward: bool) -> Timeline:
+    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts."""
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    given = {n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights}
+    returned = {view_base(n) for n in outputs}
+    return timeline(nodes, given, returned, returned if backward else ())
+
+
+def returned_nodes(graph: Graph) -> list[Node]:
+    return [v for v in graph_outputs(graph) if isinstance(v, Node)]

@@ -1,0 +1,158 @@
+"""Act: compute parts of the forward again in the backward.
+
+    add: f32[B, T, D]       (the boundary: saved)         add: f32[B, T, D]
+    mm: f32[M, 4D] = mm(add, w)                           mm: f32[M, 4D] = mm(add, w)
+    gelu: f32[M, 4D] = gelu(mm)                           gelu: f32[M, 4D] = gelu(mm)
+    ...                                             ->    ...
+                                                          mm_1: f32[M, 4D] = mm(add, w)          must_be_in_backward
+    mul: f32[M, 4D] = gelu_backward(grad, mm)             mul: f32[M, 4D] = gelu_backward(grad, mm_1)
+
+The copies are nodes of their own, so that no cut can decide otherwise, and PyTorch's recomputation tags, which wrap every
+operation marked as random in a higher-order operation that Inductor cannot always compile (fused attention on CPU, even
+without dropout), are not needed. Operations that draw random numbers are never copied.
+"""
+
+import operator
+from collections.abc import Collection, Mapping
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from wtacrs_fx.passes.emit import Emitter
+from wtacrs_fx.passes.kinds import draws
+from wtacrs_fx.passes.liveness import is_library_call
+from wtacrs_fx.passes.policy import is_view, view_base
+from wtacrs_fx.passes.segments import forward_nodes, is_tensor
+
+aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
+_RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def recompute(graph: Graph, num_fwd_outputs: int, nodes: Collection[Node], saved: Collection[Node] = ()) -> int:
+    """Let whatever is not needed by the forward read copies of ``nodes``. A copy reads copies where there are some.
+
+    Args:
+        graph: joint graph.
+        num_fwd_outputs: its forward outputs.
+        nodes: of the forward.
+        saved: tensors from which the copies start. Without this the partitioner may save other tensors of equal size, such
+            as what each block adds to the residual stream, and then computes the stream itself, for all blocks, in one
+            chain at the start of the backward.
+
+    Returns: how many nodes were copied; those that the backward does not ask for are not.
+    """
+    for node in saved:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    forward = set(forward_nodes(graph, num_fwd_outputs))
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    wanted = {n for n in nodes if n in forward and not draws(n)}
+    wanted -= {n for n in wanted if n.target is operator.getitem and n.args[0] not in wanted}
+    copier = _Copier(graph, wanted, position)
+    for reader in list(graph.nodes):
+        if reader.op == "call_function" and reader not in forward:
+            copier.serve(reader)
+    return len(copier.copies)
+
+
+class _Copier:
+    """Puts copies in front of their first readers, and in such a way that Inductor cannot run them earlier.
+
+    Copies depend on nothing but saved tensors. Inductor fuses pointwise operations of equal shape that read anything in
+    common, be it the seeds of dropout, and would compute those of all segments in one kernel when the backward begins. So
+    what they read is multiplied by a 1 (added to a 0) that exists only after the last matrix product before them.
+    """
+
+    def __init__(self, graph: Graph, wanted: Collection[Node], position: Mapping[Node, int]) -> None:
+        self.graph, self.wanted, self.position = graph, wanted, position
+        self.copies: dict[Node, Node] = {}
+        self.token: Node | None = None
+        self.delayed: dict[tuple[Node, Node], Node] = {}
+        self.constants: dict[tuple[Node, torch.dtype], Node] = {}
+
+    def serve(self, reader: Node) -> None:
+        """Let a node of the backward read copies."""
+        for node in self._missing(reader):
+            with self.graph.inserting_before(reader):
+                copy = self.graph.node_copy(node, lambda n: self.copies.get(n, n))
+            copy.meta["partitioner_tag"] = "must_be_in_backward"
+            self.copies[node] = copy
+            if not is_view(node) and not is_library_call(node) and node.target is not operator.getitem:
+                with self.graph.inserting_before(copy):
+                    self._delay(node, copy)
+        for source in reader.all_input_nodes:
+            if source in self.copies:
+                reader.replace_input_with(source, self.copies[source])
+        if is_library_call(reader) and is_tensor(reader):
+            self.token = reader
+
+    def _missing(self, reader: Node) -> list[Node]:
+        """Wanted nodes behind the reader's inputs that have no copy yet, in order."""
+        found: set[Node] = set()
+        stack = [reader]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source in self.wanted and source not in self.copies and source not in found:
+                    found.add(source)
+                    stack.append(source)
+        return sorted(found, key=self.position.__getitem__)
+
+    def _delay(self, node: Node, copy: Node) -> None:
+        """Let the copy read delayed tensors where it reads what is in memory from the beginning."""
+        for source in node.all_input_nodes:
+            base = view_base(source)
+            if self.token is None or not is_tensor(source) or source.meta["val"].dtype is torch.bool:
+                continue
+            if source.target is prims.inductor_lookup_seed.default:  # the seeds themselves must stay a buffer
+                copy.replace_input_with(self.copies.get(source, source), self._after(self.copies.get(source, source)))
+            elif source in self.wanted or base in self.wanted or node.target is prims.inductor_lookup_seed.default:
+                continue
+            elif base.op != "placeholder" or not source.meta["val"].dtype.is_floating_point:  # no parameter
+                copy.replace_input_with(source, self._after(source))
+
+    def _after(self, source: Node) -> Node:
+        assert self.token is not None
+        key = (source, self.token)
+        if key not in self.delayed:
+            emit = Emitter(self.graph, source, tag="must_be_in_backward")
+            dtype = source.meta["val"].dtype
+            floating = dtype.is_floating_point
+            if (self.token, dtype) not in self.constants:
+                after = emit(wtacrs.constant_after.default, self.token, int(floating), dtype)
+                self.constants[self.token, dtype] = after
+            operation = aten.mul.Tensor if floating else aten.add.Tensor
+            self.delayed[key] = emit(operation, source, self.constants[self.token, dtype])
+        return self.delayed[key]
+
+
+def protect_draws(graph: Graph) -> int:
+    """Forbid PyTorch's partitioner to run an operation that draws random numbers a second time. Returns how many there are.
+
+    Its memory budget would do so: dropout is then drawn afresh in the backward and gradients are wrong without a word.
+    (In checkpoint regions of the user it replays the generator instead.)
+    """
+    drawing = [n for n in graph.nodes if draws(n) and "recompute" not in n.meta]
+    for node in drawing:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return len(drawing)
+
+
+def take_user_regions(graph: Graph) -> set[Node]:
+    """Nodes that ``torch.utils.checkpoint`` regions of the user ask to recompute. Their tags are removed.
+
+    What one region hands to a later one is saved, and what a backward hook needs; as PyTorch does it.
+    """
+    found = set()
+    for node in graph.nodes:
+        if node.meta.get("recompute") not in _RECOMPUTE:
+            continue
+        region = node.meta.get("ac_graph_id", 0)
+        marked = [u for u in node.users if u.meta.get("recompute") in _RECOMPUTE]
+        hooked = node.meta.get("has_backward_hook", False) and not marked
+        if not hooked and not any(u.meta.get("ac_graph_id", 0) > region for u in marked):
+            found.add(node)
+    for node in graph.nodes:
+        if node.meta.get("recompute") in _RECOMPUTE:
+            del node.meta["recompute"]
+    protect_draws(graph)
+    return found
