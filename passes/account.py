@@ -51,8 +51,8 @@ def build_ledger(
                 reason=reason,
             )
         )
-    totals = (saved_bytes(g, num_fwd_outputs, weights) for g in (exact, forward))
-    return Ledger(tuple(entries), *totals)
+    before, now = (saved_bytes(g, num_fwd_outputs, weights) for g in (exact, forward))
+    return Ledger(tuple(entries), before, now)
 
 
 def saved_bytes(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> int:

@@ -2,21 +2,20 @@
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from wtacrs_fx.config import Config, parse_bytes
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
 from wtacrs_fx.ledger import Part, Prediction, format_bytes
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
-from wtacrs_fx.passes.liveness import Timeline, module_timeline
-from wtacrs_fx.passes.planner import Choice, Plan, Planner
-from wtacrs_fx.passes.policy import view_base
+from wtacrs_fx.passes.liveness import Facts, module_timeline
+from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.segments import find_segments
-from wtacrs_fx.passes.sites import graph_outputs, primals
+from wtacrs_fx.passes.sites import primals
 
 Partition = tuple[GraphModule, GraphModule]
 
@@ -29,27 +28,17 @@ class Uncut:
     num_fwd_outputs: int
 
 
-def predict(partition: Partition, num_fwd_outputs: int, weights: Collection[str], device: Roofline) -> Prediction:
+def predict(partition: Partition, weights: Collection[str], device: Roofline) -> Prediction:
     """Peak, time and FLOPs of a partition, from its two graphs."""
-    forward, backward = timelines(partition, num_fwd_outputs, weights)
+    facts = Facts()
+    forward, backward = (
+        module_timeline(g.graph, weights, backward=b, facts=facts) for g, b in zip(partition, (False, True))
+    )
     return Prediction(
         peak=max(forward.peak, backward.activation_peak),
         allocated=max(forward.peak, backward.peak),
-        seconds=forward.seconds(device) + backward.seconds(device),
-        flops=sum(flops(n) for g in partition for n in g.graph.nodes),
-    )
-
-
-def timelines(
-    partition: Partition, num_fwd_outputs: int, weights: Collection[str]
-) -> tuple[Timeline, Timeline]:
-    """Live bytes over the kernels of the forward and of the backward."""
-    forward, backward = (p.graph for p in partition)
-    outputs = [v for v in graph_outputs(forward) if isinstance(v, Node)]
-    gradients = [v for v in graph_outputs(backward) if isinstance(v, Node)]
-    return (
-        module_timeline(forward, weights, outputs, backward=False),
-        module_timeline(backward, weights, gradients, backward=True),
+        seconds=forward.seconds(device, facts) + backward.seconds(device, facts),
+        flops=sum(facts.flops(n) for g in partition for n in g.graph.nodes),
     )
 
 
@@ -63,31 +52,20 @@ def roofline_of(graph: Graph) -> Roofline:
     return roofline(value.device, value.dtype)
 
 
-def plan_recomputation(
-    uncut: Uncut,
-    saved: Collection[str],
-    weights: Collection[str],
-    exact: Prediction,
-    fixed: Collection[str],
-    config: Config,
-    device: Roofline,
-) -> Plan:
-    """What to recompute so that the budget is met.
+def make_planner(
+    uncut: Uncut, saved: Collection[str], weights: Collection[str], fixed: Collection[str], device: Roofline
+) -> Planner:
+    """A planner for a joint graph.
 
     Args:
         uncut: joint graph with its sampled sites late.
         saved: names of the tensors that a cut of it saves.
         weights: names of the parameters and buffers.
-        exact: prediction for the exact partition.
         fixed: names of the nodes that are recomputed in any case.
-        config: ``memory_budget``.
         device: for predicting times.
-
-    Raises:
-        BudgetError: the budget is in bytes, and no plan stays below it.
     """
     weight_nodes = [n for n in primals(uncut.graph) if n.name in weights]
-    planner = Planner(
+    return Planner(
         uncut.graph,
         uncut.num_fwd_outputs,
         find_segments(uncut.graph, uncut.num_fwd_outputs, weight_nodes),
@@ -96,23 +74,32 @@ def plan_recomputation(
         device,
         [n for n in uncut.graph.nodes if n.name in fixed],
     )
+
+
+def meet_budget(planner: Planner, exact: Prediction, config: Config) -> Plan:
+    """What to recompute so that ``config.memory_budget`` is met.
+
+    Raises:
+        BudgetError: the budget is in bytes, and no plan stays below it.
+    """
     budget = config.memory_budget
     if budget == "auto":
         return planner.least_peak(exact.seconds)
+    assert budget is not None
     share = isinstance(budget, float)
-    target = int(budget * exact.peak) if share else parse_bytes(budget)
-    keep = planner.simulate([Choice(s) for s in planner.segments])
-    if keep.peak <= target:
-        return keep
-    plan = planner.fastest(target)
+    target = int(budget * exact.peak) if isinstance(budget, float) else parse_bytes(budget)
+    keep = planner.keep()
+    plan = keep if keep.peak <= target else planner.fastest(target)
     if plan is not None:
         return plan
     least = planner.least_peak(math.inf)
+    if least.peak <= target:
+        return least
     message = (
         f"memory_budget={budget!r}: the least peak of activations that this graph can have is {format_bytes(least.peak)} "
-        f"({least.peak / exact.peak:.2f} of the exact partition's {format_bytes(exact.peak)}); {format_bytes(least.held)} of it "
-        f"are held between forward and backward, the rest is the working memory of one segment"
-        + (", and regions of torch.utils.checkpoint leave less to choose." if fixed else ".")
+        f"({least.peak / exact.peak:.2f} of the exact partition's {format_bytes(exact.peak)}); {format_bytes(least.held)} of "
+        f"it are held between forward and backward, the rest is the working memory of one segment"
+        + (", and regions of torch.utils.checkpoint leave less to choose." if planner.fixed else ".")
     )
     if not share:
         raise BudgetError(f"{message} Raise the budget, or make the batch smaller.")
@@ -135,19 +122,3 @@ def parts(plan: Plan) -> list[Part]:
             )
         )
     return result
-
-
-def handed_on(plan: Plan) -> dict[str, str]:
-    """Names of the tensors that recomputation reads from memory -> why they are there."""
-    kept = {view_base(n).name: "recomputation (kept)" for c in plan.choices for n in c.kept}
-    between = {
-        b.name: "recomputation of the next segment"
-        for i, c in enumerate(plan.choices)
-        for b, last in c.segment.handed_on.items()
-        if any(later.recomputed for later in plan.choices[i + 1 : last + 1])
-    }
-    return {**kept, **between}
-
-
-def names(nodes: Sequence[Node] | Collection[Node]) -> set[str]:
-    return {n.name for n in nodes}

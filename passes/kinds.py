@@ -4,6 +4,7 @@ from collections.abc import Collection
 from enum import IntEnum
 
 import torch
+import torch._inductor.inductor_prims  # (registers torch.ops.prims.inductor_random and its seeds)
 from torch.fx import Graph, Node
 
 
@@ -51,3 +52,11 @@ def draws(node: Node) -> bool:
     names = [a.name for a in node.target._schema.arguments]
     values = {**dict(zip(names, node.args)), **node.kwargs}
     return bool(values.get("dropout_p", 0.0))
+
+
+def is_drawn_mask(node: Node) -> bool:
+    """Whether the node compares numbers that were drawn on the spot: the mask is smaller to keep than they are."""
+    if getattr(node.meta.get("val"), "dtype", None) is not torch.bool:
+        return False
+    drawn = [n.meta.get("val") for n in node.all_input_nodes if draws(n)]
+    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in drawn)

@@ -7,10 +7,11 @@ it reads alive until its reader has run.
 """
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch._inductor.inductor_prims  # (registers torch.ops.prims.inductor_random and its seeds)
 from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
@@ -26,10 +27,11 @@ _REDUCTIONS = (
     prims.var.default,
 )  # fmt: skip
 _POINTWISE = (
-    aten.index.Tensor, aten.gather.default, aten.embedding.default, aten.full.default, aten.full_like.default, aten.arange.start_step,
-    aten.zeros_like.default, aten.ones_like.default, aten.clone.default, aten.constant_pad_nd.default, aten.scalar_tensor.default,
-    prims.iota.default, prims.convert_element_type.default, prims.inductor_random.default, prims.inductor_lookup_seed.default,
-    aten.where.self, aten._to_copy.default, aten.copy.default, aten.slice_scatter.default, aten.select_scatter.default,
+    aten.index.Tensor, aten.gather.default, aten.embedding.default, aten.full.default, aten.full_like.default,
+    aten.arange.start_step, aten.zeros_like.default, aten.ones_like.default, aten.scalar_tensor.default, prims.iota.default,
+    aten.clone.default, aten.copy.default, aten._to_copy.default, prims.convert_element_type.default, aten.where.self,
+    aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
+    prims.inductor_random.default, prims.inductor_lookup_seed.default,
 )  # fmt: skip
 
 _COSTLY = (aten.exp.default, aten.sigmoid.default)
@@ -67,11 +69,50 @@ class Timeline:
         """Peak of what is not a gradient of a parameter."""
         return max((a - b for a, b in zip(self.live, self.resident)), default=0)
 
-    def seconds(self, roofline: Roofline) -> float:
+    def seconds(self, roofline: Roofline, facts: "Facts") -> float:
         """Predicted run time."""
-        return sum(
-            roofline.seconds(flops(k.node), k.size + sum(map(buffer_bytes, k.reads))) for k in self.kernels
-        )
+        return sum(facts.seconds(k, roofline) for k in self.kernels)
+
+
+class Facts:
+    """What simulations ask of every node again and again, computed once. For one graph that is not changed meanwhile."""
+
+    def __init__(self) -> None:
+        self._base: dict[Node, Node] = {}
+        self._bytes: dict[Node, int] = {}
+        self._inputs: dict[Node, tuple[Node, ...]] = {}
+        self._library: dict[Node, bool] = {}
+        self._flops: dict[Node, int] = {}
+
+    def base(self, node: Node) -> Node:
+        if node not in self._base:
+            self._base[node] = view_base(node)
+        return self._base[node]
+
+    def bytes(self, node: Node) -> int:
+        if node not in self._bytes:
+            self._bytes[node] = buffer_bytes(node)
+        return self._bytes[node]
+
+    def inputs(self, node: Node) -> tuple[Node, ...]:
+        """View bases of the node's inputs, each once."""
+        if node not in self._inputs:
+            self._inputs[node] = tuple(dict.fromkeys(map(self.base, node.all_input_nodes)))
+        return self._inputs[node]
+
+    def library(self, node: Node) -> bool:
+        if node not in self._library:
+            self._library[node] = is_library_call(node)
+        return self._library[node]
+
+    def flops(self, node: Node) -> int:
+        if node not in self._flops:
+            self._flops[node] = flops(node)
+        return self._flops[node]
+
+    def seconds(self, kernel: Kernel, roofline: Roofline) -> float:
+        """Predicted run time of a kernel."""
+        return roofline.seconds(self.flops(kernel.node), kernel.size + sum(map(self.bytes, kernel.reads)))
 
 
 def is_library_call(node: Node) -> bool:
@@ -92,7 +133,13 @@ def buffer_bytes(node: Node) -> int:
 
 
 def timeline(
-    nodes: Sequence[Node], given: Collection[Node], returned: Collection[Node], stays: Collection[Node] = ()
+    nodes: Sequence[Node],
+    given: Collection[Node],
+    returned: Collection[Node],
+    stays: Collection[Node] = (),
+    facts: Facts | None = None,
+    *,
+    reuse: bool = True,
 ) -> Timeline:
     """Simulate a graph.
 
@@ -101,8 +148,11 @@ def timeline(
         given: view bases in memory at the start that are freed behind their last reader. Other inputs count nothing.
         returned: view bases that are alive at the end.
         stays: those of ``returned`` that are gradients of parameters.
+        facts: about the graph's nodes, from earlier simulations.
+        reuse: whether dead buffers that Inductor keeps for later ones count.
     """
-    kernels = _kernels(nodes, given, returned)
+    facts = facts or Facts()
+    kernels = _kernels(nodes, given, returned, facts)
     groups = _fused(kernels)
     last: dict[Node, int] = {}
     for i, group in enumerate(groups):
@@ -115,7 +165,7 @@ def timeline(
     for node, i in last.items():
         if node in alive and node not in returned:
             dies[i].append(node)
-    live = sum(map(buffer_bytes, given))
+    live = sum(map(facts.bytes, given))
     resident = 0
     lives, residents = [], []
     for group, dying in zip(real, dies):
@@ -123,9 +173,9 @@ def timeline(
         resident += sum(k.size for k in group if k.node in stays)
         lives.append(live)
         residents.append(resident)
-        live -= sum(map(buffer_bytes, dying))
+        live -= sum(map(facts.bytes, dying))
     estimate = [a + sum(k.size for k in g if k.internal) for a, g in zip(lives, groups)]
-    held = _held_for_reuse(real, dies, estimate)
+    held = _held_for_reuse(real, dies, estimate, facts) if reuse else [0] * len(groups)
     result = Timeline()
     for group, a, b, c in zip(real, lives, residents, held):
         for kernel in group:
@@ -135,7 +185,9 @@ def timeline(
     return result
 
 
-def _held_for_reuse(groups: Sequence[Sequence[Kernel]], dies: Sequence[Sequence[Node]], estimate: list[int]) -> list[int]:
+def _held_for_reuse(
+    groups: Sequence[Sequence[Kernel]], dies: Sequence[Sequence[Node]], estimate: list[int], facts: Facts
+) -> list[int]:
     """Bytes of dead buffers that Inductor keeps for a later buffer of the same size, while each group runs.
 
     It does so as long as its own estimate of the peak does not rise, which includes the buffers that it drops in the end.
@@ -145,20 +197,20 @@ def _held_for_reuse(groups: Sequence[Sequence[Kernel]], dies: Sequence[Sequence[
     pool: dict[tuple[int, torch.dtype], list[int]] = {}
     for i, (group, dying) in enumerate(zip(groups, dies)):
         for kernel in group:
-            waiting = pool.get(_key(kernel.node))
+            waiting = pool.get(_key(kernel.node, facts))
             if waiting and (waiting[-1] + 1 >= i or kernel.size + max(estimate[waiting[-1] + 1 : i]) <= top):
                 for j in range(waiting.pop() + 1, i):
                     held[j] += kernel.size
                     estimate[j] += kernel.size
         for node in dying:
-            if buffer_bytes(node) and node.op == "call_function":
-                pool.setdefault(_key(node), []).append(i)
+            if facts.bytes(node) and node.op == "call_function":
+                pool.setdefault(_key(node, facts), []).append(i)
     return held
 
 
-def _key(node: Node) -> tuple[int, torch.dtype]:
+def _key(node: Node, facts: Facts) -> tuple[int, torch.dtype]:
     value = node.meta.get("val")
-    return buffer_bytes(node), value.dtype if isinstance(value, torch.Tensor) else torch.float32
+    return facts.bytes(node), value.dtype if isinstance(value, torch.Tensor) else torch.float32
 
 
 def _fused(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
@@ -173,46 +225,44 @@ def _fused(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
     return groups
 
 
-def _kernels(nodes: Sequence[Node], given: Collection[Node], returned: Collection[Node]) -> list[Kernel]:
-    library = {n for n in nodes if is_library_call(n)}
+def _kernels(nodes: Sequence[Node], given: Collection[Node], returned: Collection[Node], facts: Facts) -> list[Kernel]:
+    calls = [n for n in nodes if facts.base(n) is n]
     epoch, count = {}, 0
-    for node in nodes:
-        epoch[node] = count
-        count += node in library
     users: dict[Node, list[Node]] = {}
-    for node in nodes:
-        if not is_view(node):
-            for base in {view_base(n) for n in node.all_input_nodes}:
-                users.setdefault(base, []).append(node)
-    inside = set(nodes)
-    gathered = _gathered(nodes, users)
+    for node in calls:
+        epoch[node] = count
+        count += facts.library(node)
+        for base in facts.inputs(node):
+            users.setdefault(base, []).append(node)
+    inside = set(calls)
+    gathered = _gathered(calls, users, facts)
     inlined: dict[Node, frozenset[Node]] = {}
     kernels = []
-    for node in nodes:
-        if is_view(node):
-            continue
-        bases = {view_base(n) for n in node.all_input_nodes}
-        reads: set[Node] = set()
-        for base in bases:
-            reads |= inlined.get(base, {base} if base in inside or base in given else set())
-        readers = users.get(node, [])
+    for node in calls:
+        found: set[Node] = set()
+        for base in facts.inputs(node):
+            if base in inlined:
+                found |= inlined[base]
+            elif base in inside or base in given:
+                found.add(base)
+        reads, readers, size = frozenset(found), users.get(node, []), facts.bytes(node)
         if node.target is operator.getitem:
-            kernels.append(Kernel(node, frozenset(), buffer_bytes(node), library=True))
-        elif node in library:
-            kernels.append(Kernel(node, frozenset(reads), buffer_bytes(node), library=True))
-        elif node.target in _REDUCTIONS or node in returned or any(r in library for r in readers) or node in gathered:
-            kernels.append(Kernel(node, frozenset(reads), buffer_bytes(node), library=False))
+            kernels.append(Kernel(node, frozenset(), size, library=True))
+        elif facts.library(node):
+            kernels.append(Kernel(node, reads, size, library=True))
+        elif node.target in _REDUCTIONS or node in returned or node in gathered or any(map(facts.library, readers)):
+            kernels.append(Kernel(node, reads, size, library=False))
         elif _is_realized(node, readers, reads):
             internal = all(epoch[r] == epoch[node] for r in readers)
-            kernels.append(Kernel(node, frozenset(reads), buffer_bytes(node), library=False, internal=internal))
+            kernels.append(Kernel(node, reads, size, library=False, internal=internal))
             if internal:
-                inlined[node] = frozenset(reads)
+                inlined[node] = reads
         else:
-            inlined[node] = frozenset(reads)
+            inlined[node] = reads
     return kernels
 
 
-def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]]) -> set[Node]:
+def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]], facts: Facts) -> set[Node]:
     """Values that Inductor writes to memory on CPU because they are costly and have several readers, and that stay there
     because one reader gathers rows of them: exp and sigmoid, and what is computed from them and gathered."""
     result: set[Node] = set()
@@ -223,7 +273,7 @@ def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]]) -> se
                 for reader in users.get(stack.pop(), ()):
                     if reader.target is aten.index.Tensor:
                         result.add(node)
-                    elif reader not in seen and not is_library_call(reader) and reader.target not in _REDUCTIONS:
+                    elif reader not in seen and not facts.library(reader) and reader.target not in _REDUCTIONS:
                         seen.add(reader)
                         stack.append(reader)
     return result
@@ -236,13 +286,10 @@ def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node]) -
     return (len(readers) > 1 and (costly or len(reads) > many)) or len(reads) > 2 * many
 
 
-def module_timeline(graph: Graph, weights: Collection[str], outputs: Iterable[Node], *, backward: bool) -> Timeline:
+def module_timeline(graph: Graph, weights: Collection[str], *, backward: bool, facts: Facts) -> Timeline:
     """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts."""
+    outputs = [v for v in graph_outputs(graph) if isinstance(v, Node)]
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     given = {n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights}
     returned = {view_base(n) for n in outputs}
-    return timeline(nodes, given, returned, returned if backward else ())
-
-
-def returned_nodes(graph: Graph) -> list[Node]:
-    return [v for v in graph_outputs(graph) if isinstance(v, Node)]
+    return timeline(nodes, given, returned, returned if backward else (), facts)

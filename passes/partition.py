@@ -1,30 +1,17 @@
 """Rewrite a joint graph, cut it with torch's min-cut partitioner, keep what paid, and account for it."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch._functorch import config as functorch_config
-from torch._functorch.compile_utils import fx_graph_cse
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
-import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
-from wtacrs_fx.ledger import Ledger
-from wtacrs_fx.passes.account import build_ledger, saved_bytes
-from wtacrs_fx.passes.budget import Uncut, handed_on, parts, plan_recomputation, predict, roofline_of
-from wtacrs_fx.passes.invariants import check_partition
-from wtacrs_fx.passes.kinds import Kind, classify, is_tangent
+from wtacrs_fx.ledger import Ledger, Prediction
+from wtacrs_fx.passes.budget import meet_budget
+from wtacrs_fx.passes.kinds import is_tangent
 from wtacrs_fx.passes.planner import Plan
-from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
-from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
-from wtacrs_fx.passes.sample import Sampled, sample
-from wtacrs_fx.passes.sever import Severed, saved_tensors
-from wtacrs_fx.passes.sites import CONTRACTIONS, find_sites, gradient_outputs, primals
-
-Partition = tuple[GraphModule, GraphModule]
+from wtacrs_fx.passes.work import Work, copy_joint, cutter
 
 
 def partition(
@@ -59,169 +46,43 @@ def partition(
         BudgetError: the memory budget is in bytes and cannot be met.
     """
 
-    def cut(module: GraphModule, outputs: int, **torch_options: Any) -> Partition:
-        if config.memory_budget is not None:
-            torch_options["activation_memory_budget"] = 1.0
-        with functorch_config.patch(torch_options):
-            return min_cut_rematerialization_partition(
-                module,
-                joint_inputs,
-                num_fwd_outputs=outputs,
-                static_lifetime_input_indices=list(static_lifetime_input_indices or ()),
-                **kwargs,
-            )
-
+    cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     if not any(is_tangent(n) for n in joint.graph.nodes):
         return (*cut(joint, num_fwd_outputs), None)
-
-    joint.graph.eliminate_dead_code()
-    joint.graph = fx_graph_cse(joint.graph)  # one node per value, so that sites that share an input share its node
-    protect_draws(joint.graph)
-    exact = cut(copy_joint(joint)[0], num_fwd_outputs)
-    users = take_user_regions(joint.graph)
-    weights = weight_placeholders(joint.graph, num_fwd_outputs, static_lifetime_input_indices)
-    kinds = classify(joint.graph, weights)
-    sites = find_sites(
-        joint.graph,
-        kinds,
-        gradient_outputs(joint.graph, num_fwd_outputs, weights),
-        parameter_names(joint.graph, names),
-    )
-    work = _Work(joint, num_fwd_outputs, cut, config, kinds, {n.name for n in weights}, exact)
-    work.run(decide(sites, config), users)
-    if not sites and not any(kind is Kind.GRADIENT and node.target in CONTRACTIONS for node, kind in kinds.items()):
+    work = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
+    work.run()
+    if not work.sites and not work.has_products:
         return (*work.best, None)
     return (*work.best, work.ledger())
 
 
-@dataclass
-class _Work:
-    """The best partition so far, and what it takes to try another."""
-
-    joint: GraphModule
-    num_fwd_outputs: int
-    cut: Callable[..., Partition]
-    config: Config
-    kinds: Mapping[Node, Kind]
-    weights: set[str]
-    exact: Partition
-    plan: list[Decision] = field(default_factory=list)
-    done: Sampled = field(default_factory=Sampled)
-    recomputed: set[Node] = field(default_factory=set)
-    starts: dict[Node, str] = field(default_factory=dict)
-    """Tensors from which recomputation starts, and what for."""
-    recomputation: Plan | None = None
-    uncut: Uncut | None = None
-
-    def __post_init__(self) -> None:
-        self.best = self.exact
-        self.device = roofline_of(self.joint.graph)
-        self.prediction = predict(self.exact, self.num_fwd_outputs, self.weights, self.device)
-
-    def run(self, plan: list[Decision], users: set[Node]) -> None:
-        """Cut with everything late; decide on recomputation; settle; retreat."""
-        self.plan, self.recomputed = plan, users
-        sampled = any(d.action is not Action.EXACT for d in plan)
-        if not (sampled or users or self.config.memory_budget is not None):
-            return
-        self.best, self.done, self.uncut = self._attempt(plan)
-        needed = needed_whole(plan, self.kinds)
-        if self.config.memory_budget is not None:
-            self._budget(users)
-            needed |= self.starts
-        revised, changed = settle(plan, self._saved(), needed, self.config, self.recomputed)
-        if self.recomputed != users:
-            self.plan = revised
-            self.best, self.done, _ = self._attempt(revised)
-        else:
-            self._improve(revised, changed)
-        self._improve(*retreat(self.plan, {n.name for n in self.best[1].graph.nodes}, self.config))
-        check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
-
-    def ledger(self) -> Ledger:
-        exact, now = self.exact[0], self.best[0]
-        ledger = build_ledger(self.plan, self.done, exact, now, self.num_fwd_outputs, self.weights)
-        return replace(
-            ledger,
-            predicted_exact=self.prediction,
-            predicted=predict(self.best, self.num_fwd_outputs, self.weights, self.device),
-            parts=tuple(parts(self.recomputation)) if self.recomputation else (),
-        )
-
-    def _budget(self, users: set[Node]) -> None:
-        """Decide what is recomputed, and from what."""
-        assert self.uncut is not None
-        by_name = {n.name: n for n in self.joint.graph.nodes}
-        self.recomputation = plan_recomputation(
-            self.uncut,
-            {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)},
-            self.weights,
-            self.prediction,
-            {n.name for n in users},
-            self.config,
-            self.device,
-        )
-        chosen = {by_name[n.name] for n in self.recomputation.recomputed if n.name in by_name}
-        self.recomputed = users | chosen
-        self.starts = {by_name[name]: why for name, why in handed_on(self.recomputation).items() if name in by_name}
-
-    def _saved(self) -> set[str]:
-        return {view_base(n).name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
-
-    def _improve(self, revised: list[Decision], changed: int) -> None:
-        """Take the revised plan, unless its partition holds more bytes than the one it came from."""
-        if not changed:
-            self.plan = revised  # the same actions, with their reasons
-            return
-        again, done, _ = self._attempt(revised)
-        held = functools.partial(saved_bytes, num_fwd_outputs=self.num_fwd_outputs, weights=self.weights)
-        if held(again[0]) <= held(self.best[0]):
-            self.plan, self.best, self.done = revised, again, done
-
-    def _attempt(self, plan: Sequence[Decision]) -> tuple[Partition, Sampled, Uncut]:
-        module, env = copy_joint(self.joint)
-        severed = Severed(module.graph)
-        done = sample(module.graph, plan, env, severed, self.config)
-        outputs = severed.extend_outputs(self.num_fwd_outputs)
-        # Copies are equal to their originals until the cut has parted them, so torch must not merge equal nodes again.
-        copies = recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
-        module.graph.lint()
-        uncut = Uncut(module.graph, outputs)
-        forward, backward = self.cut(module, outputs, cse=not copies)
-        severed.join(forward, self.num_fwd_outputs)
-        return (forward, backward), done, uncut
-
-
-def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
-    """Placeholders that are parameters or buffers.
-
-    Dynamo names them by index (``static``) and ``aot_module`` by description. A plain function traced by ``aot_function``
-    says neither: then every input with a gradient counts, so that a product with such an input stays exact.
-    """
-    inputs = primals(graph)
-    chosen = {inputs[i] for i in static or () if i < len(inputs)}
-    chosen |= {n for n in inputs if type(n.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")}
-    if not chosen:
-        chosen = set(gradient_outputs(graph, num_fwd_outputs, inputs).values())
-    return [n for n in inputs if n in chosen]
-
-
-def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str]:
-    """Placeholder -> parameter name, from ``names`` (by position) or from AOTAutograd's descriptions."""
-    result = {}
-    for i, node in enumerate(primals(graph)):
-        name = names[i] if i < len(names) else None
-        name = name or getattr(node.meta.get("desc"), "target", None)
-        if name:
-            result[node] = name
-    return result
-
-
-def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
-    """A copy of a joint graph, and node of the original -> node of the copy. The partitioner changes what it is given."""
-    graph = Graph()
-    env: dict[Node, Node] = {}
-    output = joint.graph.output_node()
-    new_output = graph.output(graph.graph_copy(joint.graph, env))
-    new_output.meta.update(output.meta)
-    return GraphModule(joint, graph), env
+def explore(
+    joint: GraphModule,
+    config: Config,
+    points: int,
+    *,
+    joint_inputs: Any,
+    names: Sequence[str | None] = (),
+    num_fwd_outputs: int,
+    static_lifetime_input_indices: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Prediction, list[tuple[str, Plan, bool]]]:
+    """Plans of least predicted time for a range of peaks: (prediction of the exact partition, [(arm, plan, chosen)])."""
+    result = []
+    for arm, ratio in (("exact", 1.0), ("sampled", config.ratio)):
+        options = replace(config, ratio=ratio, memory_budget=config.memory_budget or 1.0)
+        cut = cutter(joint_inputs, options, static_lifetime_input_indices, kwargs)
+        work = Work.prepare(copy_joint(joint)[0], num_fwd_outputs, cut, options, names, static_lifetime_input_indices)
+        work.first_cut()
+        planner = work.planner()
+        keep, least = planner.keep(), planner.least_peak(float("inf"))
+        chosen = meet_budget(planner, work.prediction, options) if arm == "sampled" and config.memory_budget else keep
+        step = (keep.peak - least.peak) / max(1, points - 1)
+        plans = [keep, *(planner.fastest(int(keep.peak - i * step)) for i in range(1, points - 1)), least]
+        distinct = {p.peak: p for p in plans if p is not None}
+        if arm == "sampled":
+            distinct[chosen.peak] = chosen
+        result += [
+            (arm, distinct[p], arm == "sampled" and distinct[p] is chosen) for p in sorted(distinct, reverse=True)
+        ]
+    return work.prediction, result

@@ -3,32 +3,41 @@ time.
 
 Choices per segment: keep what the partition without recomputation saves; or save only what the segment before hands on,
 and perhaps the results of some of its own matrix products, and compute the rest again just in time. The backward of
-segment s runs while the tensors of all segments before it are held, so a choice o_s fits a peak B if
+segment s runs while the tensors of all segments before it are held, so choices o_s fit a peak B if
 
     sum over j < s of held(j, o_j) + working(s, o_s) <= B    for every s,
 
 where ``working`` is what segment s has in memory at most while its own gradients are computed. Held bytes, working bytes
 and seconds of every choice come from simulations in which all segments choose alike; a dynamic program over
-(segment, bytes held) then combines them, and the combination is simulated again. Neighbouring segments may be treated as
-one (the boundary between them is then not saved); every such granularity is planned and the best one wins.
+(segment, bytes held) combines them, and the combination is simulated again. Neighbouring segments may be treated as one
+(the boundary between them is then not saved); every such granularity is planned and the best one wins.
+
+PyTorch's knapsack solvers do not fit: they bound the sum of all bytes held, not the peak.
 """
 
 import operator
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from wtacrs_fx.passes.cost import Roofline, flops
-from wtacrs_fx.passes.kinds import draws
-from wtacrs_fx.passes.liveness import Timeline, buffer_bytes, timeline
+from wtacrs_fx.passes.cost import Roofline
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask
+from wtacrs_fx.passes.liveness import Facts, Timeline, timeline
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import schedule_backward
 from wtacrs_fx.passes.segments import Segment, forward_nodes, is_tensor, merge
 from wtacrs_fx.passes.sites import graph_outputs
 
+SIZES = (1, 2, 3, 4, 6, 8)
+"""How many neighbouring segments may be treated as one."""
+
 STATES = 256
 """Distinct values of bytes held that the dynamic program tells apart per segment."""
+
+SIMULATIONS = 6
+"""Combinations that are simulated at most for one target. The dynamic program's sums are not the simulation: where a
+combination misses the target, the next one aims lower by as much."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Choice:
     recomputed: frozenset[Node] = frozenset()
     """Nodes that the backward computes again; empty: keep."""
     kept: tuple[Node, ...] = ()
-    """Results of matrix products inside a recomputed segment that are saved all the same."""
+    """Tensors inside a recomputed segment that are saved all the same."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,10 @@ class Costs:
     seconds: float
 
 
+Table = list[list[tuple[Choice, Costs]]]
+"""Per segment its choices and their costs."""
+
+
 @dataclass
 class Plan:
     """One choice per segment, and what a simulation says about them."""
@@ -60,15 +73,18 @@ class Plan:
     """Bytes of activations at most alive at once (gradients of parameters left out)."""
     seconds: float
     held: int
-    added_flops: int
-    optimum: float | None = None
 
     @property
     def recomputed(self) -> frozenset[Node]:
         return frozenset().union(*(c.recomputed for c in self.choices))
 
+    @property
+    def starts(self) -> dict[Node, str]:
+        """Tensors from which recomputation starts -> what for."""
+        kept = {view_base(n): "recomputation" for c in self.choices for n in c.kept}
+        return kept | dict.fromkeys(_handed_on(self.choices), "recomputation of the next segment")
 
-@dataclass
+
 class Planner:
     """Plans for one joint graph.
 
@@ -82,62 +98,86 @@ class Planner:
         fixed: nodes that are recomputed in every plan (regions that the user marked).
     """
 
-    graph: Graph
-    num_fwd_outputs: int
-    segments: Sequence[Segment]
-    saved: Collection[Node]
-    weights: Collection[Node]
-    roofline: Roofline
-    fixed: Collection[Node] = ()
-    _curves: dict[int, tuple[list[Segment], list[list[tuple[Choice, Costs]]]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.forward = forward_nodes(self.graph, self.num_fwd_outputs)
-        outputs = graph_outputs(self.graph)
-        self.outputs = {view_base(v) for v in outputs[: self.num_fwd_outputs] if isinstance(v, Node)}
-        self.gradients = {view_base(v) for v in outputs[self.num_fwd_outputs :] if isinstance(v, Node)}
-        self.saved = {view_base(n) for n in self.saved}
-
-    # ---- what a combination of choices costs
+    def __init__(
+        self,
+        graph: Graph,
+        num_fwd_outputs: int,
+        segments: Sequence[Segment],
+        saved: Collection[Node],
+        weights: Collection[Node],
+        roofline: Roofline,
+        fixed: Collection[Node] = (),
+    ) -> None:
+        self.graph, self.num_fwd_outputs, self.segments, self.roofline = graph, num_fwd_outputs, segments, roofline
+        self.weights, self.fixed = set(weights), set(fixed)
+        self.saved = {view_base(n) for n in saved}
+        self.forward = forward_nodes(graph, num_fwd_outputs)
+        outputs = graph_outputs(graph)
+        self.outputs = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
+        self.gradients = {view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)}
+        self.facts = Facts()
+        self._tables: dict[int, Table] = {}
 
     def simulate(self, choices: Sequence[Choice]) -> Plan:
-        """Predicted peak, time, held bytes and added FLOPs of a combination."""
-        recomputed, saved = self._sets(choices)
-        line, forward_line, reads, again = self._run(saved)
-        held = sum(buffer_bytes(b) for b in reads - set(self.weights))
-        return Plan(
-            tuple(choices),
-            max(line.activation_peak, forward_line.peak),
-            line.seconds(self.roofline) + forward_line.seconds(self.roofline),
-            held,
-            sum(map(flops, again)),
-        )
+        """Predicted peak, time and held bytes of a combination."""
+        line, given, _ = self._run(choices)
+        forward = timeline(self.forward, (), self.outputs | given, facts=self.facts)
+        seconds = line.seconds(self.roofline, self.facts) + forward.seconds(self.roofline, self.facts)
+        held = sum(map(self.facts.bytes, given))
+        return Plan(tuple(choices), max(line.activation_peak, forward.peak), seconds, held)
 
-    def _sets(self, choices: Sequence[Choice]) -> tuple[set[Node], set[Node]]:
-        recomputed = set(self.fixed).union(*(c.recomputed for c in choices))
-        kept = {view_base(n) for c in choices for n in c.kept}
-        handed_on = {
-            b
-            for i, c in enumerate(choices)
-            for b, last in c.segment.handed_on.items()
-            if any(later.recomputed for later in choices[i + 1 : last + 1])
-        }
-        saved = {n for n in self.saved if n not in recomputed} | handed_on | kept
-        return recomputed, saved
+    def keep(self) -> Plan:
+        """The plan that recomputes nothing."""
+        return self.simulate([Choice(s) for s in self.segments])
 
-    def _run(self, saved: set[Node]) -> tuple[Timeline, Timeline, set[Node], list[Node]]:
-        backward = schedule_backward(self.graph, self.num_fwd_outputs, saved)
-        given = backward.reads - set(self.weights)
-        line = timeline(backward.nodes, given, self.gradients, self.gradients)
-        forward_line = timeline(self.forward, (), self.outputs | given)
-        forward = set(self.forward)
-        return line, forward_line, set(backward.reads), [n for n in backward.nodes if n in forward]
+    def fastest(self, peak: int) -> Plan | None:
+        """The plan of least predicted time whose predicted peak is at most ``peak`` bytes; None if none was found."""
+        targets = {size: peak for size in SIZES if size == 1 or size < len(self.segments)}
+        found = {size: self._combine(self.table(size), target) for size, target in targets.items()}
+        best: Plan | None = None
+        for _ in range(SIMULATIONS):
+            open_ = {
+                s: f for s, f in found.items() if f is not None and (best is None or f[0] < best.seconds - self.base)
+            }
+            if not open_:
+                break
+            size = min(open_, key=lambda s: open_[s][0])
+            plan = self.simulate(open_[size][1])
+            if plan.peak <= peak:
+                if best is None or plan.seconds < best.seconds:
+                    best = plan
+                found[size] = None
+            else:
+                targets[size] -= plan.peak - peak
+                found[size] = self._combine(self.table(size), targets[size])
+        return best
 
-    # ---- choices
+    def least_peak(self, seconds: float, tolerance: float = 0.01) -> Plan:
+        """The plan of least predicted peak whose predicted time is at most ``seconds`` (nothing recomputed if none is)."""
+        best = self.keep()
+        step = int(tolerance * best.peak)
+        low, high = 0, best.peak
+        while high - low > step:
+            middle = (low + high) // 2
+            plan = self.fastest(middle)
+            if plan is not None and plan.seconds <= seconds:
+                best, high = plan, plan.peak
+            else:
+                low = middle
+        return best
+
+    @property
+    def base(self) -> float:
+        """Predicted time of the plan that recomputes nothing."""
+        if not hasattr(self, "_base"):
+            self._base = self.keep().seconds
+        return self._base
 
     def choices(self, segment: Segment) -> list[Choice]:
-        """Keep; recompute all; recompute all but the tensors that save most time per byte, one more at a time."""
-        inside = frozenset(n for n in segment.nodes if n not in segment.handed_on and not draws(n))
+        """Keep; recompute all; recompute all but the tensors that save most time per byte, one kind more at a time."""
+        inside = frozenset(
+            n for n in segment.nodes if n not in segment.handed_on and not draws(n) and not is_drawn_mask(n)
+        )
         result = [Choice(segment), Choice(segment, inside)]
         kept: tuple[Node, ...] = ()
         for tensors in self._worth_keeping(segment):
@@ -147,118 +187,92 @@ class Planner:
         return result
 
     def _worth_keeping(self, segment: Segment) -> list[tuple[Node, ...]]:
-        """What matrix products of the segment return. For the last one in front of an inner boundary the boundary itself:
-        the same bytes, and nothing behind it has to be computed again from farther back."""
+        """What matrix products of the segment return, those with equal value (repeated layers) together. In place of the
+        last one before an inner boundary the boundary itself: the same bytes, and nothing behind it has to be computed
+        again from farther back."""
         inside = set(segment.nodes)
-        found = []
+        found: dict[float, tuple[Node, ...]] = {}
         for part in self.segments:
-            products = [n for n in part.nodes if n in inside and flops(n)]
+            products = [n for n in part.nodes if n in inside and self.facts.flops(n)]
             for product in products:
-                tensors = _tensors(product)
-                if product is products[-1]:
-                    tensors = tuple(b for b in part.handed_on if flops(product) and not draws(b))
-                tensors = tuple(t for t in tensors if t not in segment.handed_on)
-                size = sum(map(buffer_bytes, tensors))
+                tensors = tuple(part.handed_on) if product is products[-1] else _tensors(product)
+                tensors = tuple(t for t in tensors if t not in segment.handed_on and not draws(t))
+                size = sum(map(self.facts.bytes, tensors))
                 if size:
-                    found.append((self.roofline.seconds(flops(product), 0) / size, tensors))
-        return [tensors for _, tensors in sorted(found, key=lambda f: -f[0])]
+                    value = round(self.facts.flops(product) / size, 3)
+                    found[value] = found.get(value, ()) + tensors
+        return [found[value] for value in sorted(found, reverse=True)]
 
-    def curves(self, size: int) -> tuple[list[Segment], list[list[tuple[Choice, Costs]]]]:
-        """Per merged segment its choices with their costs, from simulations in which every segment chooses alike."""
-        if size not in self._curves:
-            segments = merge(self.segments, size)
-            options = [self.choices(s) for s in segments]
-            table: list[list[tuple[Choice, Costs]]] = [[] for _ in segments]
+    def table(self, size: int) -> Table:
+        """Per segment of ``size`` merged ones its choices with their costs, from simulations in which all choose alike."""
+        if size not in self._tables:
+            options = [self.choices(s) for s in merge(self.segments, size)]
+            table: Table = [[] for _ in options]
             for level in range(max(map(len, options))):
                 uniform = [o[min(level, len(o) - 1)] for o in options]
                 for i, costs in enumerate(self._costs(uniform)):
                     if level < len(options[i]):
                         table[i].append((uniform[i], costs))
-            self._curves[size] = segments, table
-        return self._curves[size]
+            self._tables[size] = table
+        return self._tables[size]
+
+    def _run(self, choices: Sequence[Choice], *, reuse: bool = True) -> tuple[Timeline, set[Node], set[Node]]:
+        """Timeline of the backward, tensors held for it, and nodes that it computes again."""
+        recomputed = self.fixed.union(*(c.recomputed for c in choices))
+        kept = {view_base(n) for c in choices for n in c.kept}
+        saved = (self.saved - recomputed) | _handed_on(choices) | kept
+        backward = schedule_backward(self.graph, self.num_fwd_outputs, saved)
+        given = set(backward.reads - self.weights)
+        line = timeline(backward.nodes, given, self.gradients, self.gradients, self.facts, reuse=reuse)
+        return line, given, set(backward.nodes).intersection(self.forward)
 
     def _costs(self, choices: Sequence[Choice]) -> list[Costs]:
-        _, saved = self._sets(choices)
-        line, _, reads, again = self._run(saved)
+        line, given, again = self._run(choices, reuse=False)  # what is kept for reuse fills up room that there is
         owner = {n: i for i, c in enumerate(choices) for n in c.segment.nodes}
         handed_on = {b for c in choices for b in c.segment.handed_on}
-        held, working, seconds = ([0] * len(choices) for _ in range(3))
-        for base in reads - set(self.weights):
-            held[owner.get(base, 0)] += buffer_bytes(base)
+        held, working, seconds = [0] * len(choices), [0] * len(choices), [0.0] * len(choices)
+        for base in given:
+            held[owner.get(base, 0)] += self.facts.bytes(base)
         before = [sum(held[:i]) for i in range(len(choices))]
-        recomputed = set(again)
         current = len(choices) - 1
         for kernel, live, resident in zip(line.kernels, line.live, line.resident):
             touched = [owner[n] for n in (kernel.node, *kernel.reads) if n in owner and n not in handed_on]
             current = min([current, *touched])
             working[current] = max(working[current], live - resident - before[current])
-            if kernel.node in recomputed:
-                cost = self.roofline.seconds(flops(kernel.node), kernel.size + sum(map(buffer_bytes, kernel.reads)))
-                seconds[owner.get(kernel.node, current)] += cost
+            if kernel.node in again:
+                seconds[owner.get(kernel.node, current)] += self.facts.seconds(kernel, self.roofline)
         return [Costs(h, max(w, h), s) for h, w, s in zip(held, working, seconds)]
 
-    # ---- combine
-
-    def fastest(self, peak: int, sizes: Sequence[int] = (1, 2, 3, 4, 6, 8)) -> Plan | None:
-        """The plan of least predicted time whose predicted peak is at most ``peak`` bytes; None if there is none."""
-        best: Plan | None = None
-        for size in sizes:
-            if size > 1 and size >= len(self.segments):
-                break
-            target = peak
-            for _ in range(3):  # the program's sums are not the simulation: aim lower by what it was wrong
-                choices = self._combine(self.curves(size)[1], target)
-                if choices is None:
-                    break
-                plan = self.simulate(choices)
-                if plan.peak <= peak:
-                    if best is None or plan.seconds < best.seconds:
-                        best = plan
-                    break
-                target -= plan.peak - peak
-        return best
-
-    def least_peak(self, seconds: float, tolerance: float = 0.01) -> Plan:
-        """The plan of least predicted peak whose predicted time is at most ``seconds`` (nothing recomputed if none is)."""
-        first = self.simulate([Choice(s) for s in self.segments])
-        best, low, high = first, 0, first.peak
-        while high - low > tolerance * first.peak:
-            middle = (low + high) // 2
-            plan = self.fastest(middle)
-            if plan is not None and plan.seconds <= seconds:
-                best, high = plan, min(middle, plan.peak)
-            else:
-                low = middle
-        return best
-
-    def _combine(self, table: Sequence[Sequence[tuple[Choice, Costs]]], peak: int) -> list[Choice] | None:
+    def _combine(self, table: Table, peak: int) -> tuple[float, list[Choice]] | None:
+        """Added seconds and choices of the fastest combination that fits ``peak``, by the sums above."""
         step = max(1, peak // STATES)
         states: dict[int, tuple[float, int, tuple[Choice, ...]]] = {0: (0.0, 0, ())}
         for options in table:
             new: dict[int, tuple[float, int, tuple[Choice, ...]]] = {}
             for seconds, held, chosen in states.values():
                 for choice, costs in options:
-                    if held + costs.working > peak:
-                        continue
                     total, after = seconds + costs.seconds, held + costs.held
                     old = new.get(after // step)
-                    if old is None or (total, after) < old[:2]:
+                    if held + costs.working <= peak and (old is None or (total, after) < old[:2]):
                         new[after // step] = (total, after, (*chosen, choice))
-            states = _pareto(new)
+            states, fastest = {}, float("inf")
+            for key in sorted(new):  # states that no other beats in both bytes and seconds
+                if new[key][0] < fastest:
+                    states[key], fastest = new[key], new[key][0]
         if not states:
             return None
-        return list(min(states.values(), key=lambda s: s[:2])[2])
+        seconds, _, chosen = min(states.values(), key=lambda s: s[:2])
+        return seconds, list(chosen)
 
 
-def _pareto(states: dict[int, tuple[float, int, tuple[Choice, ...]]]) -> dict[int, tuple[float, int, tuple[Choice, ...]]]:
-    """States that no other beats in both bytes and seconds."""
-    result: dict[int, tuple[float, int, tuple[Choice, ...]]] = {}
-    fastest = float("inf")
-    for key in sorted(states):
-        if states[key][0] < fastest:
-            fastest = states[key][0]
-            result[key] = states[key]
-    return result
+def _handed_on(choices: Sequence[Choice]) -> set[Node]:
+    """Tensors that a recomputed segment reads of an earlier one."""
+    return {
+        b
+        for i, c in enumerate(choices)
+        for b, last in c.segment.handed_on.items()
+        if any(later.recomputed for later in choices[i + 1 : last + 1])
+    }
 
 
 def _tensors(product: Node) -> tuple[Node, ...]:

@@ -16,11 +16,12 @@ import operator
 from collections.abc import Collection, Mapping
 
 import torch
+import torch._inductor.inductor_prims  # (registers torch.ops.prims.inductor_random and its seeds)
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.kinds import draws
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask
 from wtacrs_fx.passes.liveness import is_library_call
 from wtacrs_fx.passes.policy import is_view, view_base
 from wtacrs_fx.passes.segments import forward_nodes, is_tensor
@@ -140,7 +141,8 @@ def protect_draws(graph: Graph) -> int:
 def take_user_regions(graph: Graph) -> set[Node]:
     """Nodes that ``torch.utils.checkpoint`` regions of the user ask to recompute. Their tags are removed.
 
-    What one region hands to a later one is saved, and what a backward hook needs; as PyTorch does it.
+    What one region hands to a later one is saved, and what a backward hook needs; as PyTorch does it. Random masks that do
+    not come from Inductor's seeds are saved too, where PyTorch would replay the generator.
     """
     found = set()
     for node in graph.nodes:
@@ -149,7 +151,7 @@ def take_user_regions(graph: Graph) -> set[Node]:
         region = node.meta.get("ac_graph_id", 0)
         marked = [u for u in node.users if u.meta.get("recompute") in _RECOMPUTE]
         hooked = node.meta.get("has_backward_hook", False) and not marked
-        if not hooked and not any(u.meta.get("ac_graph_id", 0) > region for u in marked):
+        if not hooked and not is_drawn_mask(node) and not any(u.meta.get("ac_graph_id", 0) > region for u in marked):
             found.add(node)
     for node in graph.nodes:
         if node.meta.get("recompute") in _RECOMPUTE:

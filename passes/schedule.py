@@ -1,11 +1,12 @@
 """The order in which a joint graph's forward and backward will run, for a given set of saved tensors."""
 
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from wtacrs_fx.passes.kinds import is_tangent
+from wtacrs_fx.passes.kinds import draws, is_tangent
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
 
@@ -49,12 +50,18 @@ def _closure(outputs: Sequence[Node], saved: Collection[Node]) -> tuple[set[Node
     stack = list(outputs)
     while stack:
         node = stack.pop()
-        if node.op != "call_function" or node in saved:
+        if node.op != "call_function" or node in saved or _drawn(node):
             reads.add(node)
         elif node not in needed:
             needed.add(node)
             stack.extend(node.all_input_nodes)
     return needed, {view_base(n) for n in reads}
+
+
+def _drawn(node: Node) -> bool:
+    """Whether the node is a random number, or one of several results of an operation that draws: never computed twice."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, Node) and draws(source)
 
 
 def _wanted(node: Node, needed: set[Node], done: set[Node], position: dict[Node, int]) -> list[Node]:

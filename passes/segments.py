@@ -4,7 +4,7 @@ In a transformer these places are the residual stream after each attention and e
 calls them: nothing is read from module names but the segment's own name.
 """
 
-import os
+import itertools
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def find_segments(graph: Graph, num_fwd_outputs: int, weights: Collection[Node] 
     last_read = _last_reads(nodes, position)
     for node in constants(nodes, weights):
         last_read.pop(node, None)
-    widths = _widths(nodes, last_read)
+    widths = _widths(nodes, last_read, [n for n in graph.find_nodes(op="placeholder") if weights and n not in weights])
     places = _narrow_places(widths, _stretches(nodes))
     stops = [*places, len(nodes) - 1]
     segments, start = [], 0
@@ -99,27 +99,18 @@ def merge(segments: Sequence[Segment], size: int) -> list[Segment]:
 
 def _last_reads(nodes: Sequence[Node], position: dict[Node, int]) -> dict[Node, int]:
     """View base -> position of the last node of the forward that reads it or a view of it."""
-    last: dict[Node, int] = {}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            base = view_base(source)
-            if base in position:
-                last[base] = position[node]
-    return last
+    return {view_base(source): position[node] for node in nodes for source in node.all_input_nodes}
 
 
-def _widths(nodes: Sequence[Node], last_read: dict[Node, int]) -> list[int]:
+def _widths(nodes: Sequence[Node], last_read: dict[Node, int], batch: Sequence[Node]) -> list[int]:
     """Bytes handed on after each node."""
     change = [0] * (len(nodes) + 1)
-    for i, node in enumerate(nodes):
-        if view_base(node) is node and last_read.get(node, i) > i:
+    made = [*((0, n) for n in batch), *((i, n) for i, n in enumerate(nodes) if view_base(n) is n)]
+    for i, node in made:
+        if last_read.get(node, i) > i:
             change[i] += nbytes(node)  # of a node with several results all, until each has been taken
             change[last_read[node]] -= nbytes(node)
-    widths, live = [], 0
-    for delta in change[:-1]:
-        live += delta
-        widths.append(live)
-    return widths
+    return list(itertools.accumulate(change[:-1]))
 
 
 def _stretches(nodes: Sequence[Node]) -> list[range]:
@@ -130,7 +121,7 @@ def _stretches(nodes: Sequence[Node]) -> list[range]:
 
 def _narrow_places(widths: Sequence[int], stretches: Sequence[range]) -> list[int]:
     """First narrowest position of every stretch that is a local minimum, the last stretch left out."""
-    best = [min(s, key=lambda i: widths[i]) for s in stretches]
+    best = [min(s, key=lambda i: widths[i]) for s in stretches[:-1]]
     runs: list[list[int]] = []  # neighbours of equal width
     for i in best:
         if runs and widths[runs[-1][0]] == widths[i]:
@@ -147,7 +138,7 @@ def _narrow_places(widths: Sequence[int], stretches: Sequence[range]) -> list[in
     if not minima:
         return []
     limit = MAX_WIDTH * median(widths[i] for i in minima)
-    return [i for i in minima if widths[i] <= limit and i < best[-1]]
+    return [i for i in minima if widths[i] <= limit]
 
 
 def is_tensor(node: Node) -> bool:
@@ -161,4 +152,5 @@ def _name(nodes: Sequence[Node]) -> str:
         stack = node.meta.get("nn_module_stack")
         if stack:
             paths.append(clean_module_path(next(reversed(stack.values()))[0]).split("."))
-    return ".".join(os.path.commonprefix(paths)) if paths else ""
+    common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))
+    return ".".join(parts[0] for parts in common)

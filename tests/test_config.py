@@ -70,6 +70,7 @@ def test_fingerprint_covers_every_option():
         "include": "a",
         "exclude": (),
         "late": "exact",
+        "memory_budget": 0.5,
         "seed": 3,
         "inner": "eager",
         "inductor": {"max_autotune": True},

@@ -351,7 +351,7 @@ class TestInvariants:
     """A partition that was tampered with does not pass."""
 
     def parts(self):
-        from wtacrs_fx.passes import partition as module
+        from wtacrs_fx.passes import work as module
 
         seen = []
         original = module.check_partition

@@ -8,7 +8,19 @@ if not (Path(__file__).parent / "passes").exists():
 
 from wtacrs_fx.backend import Backend, ledgers, partitioner
 from wtacrs_fx.config import Config
-from wtacrs_fx.errors import InvariantError, WtacrsWarning
+from wtacrs_fx.errors import BudgetError, InvariantError, WtacrsWarning
+from wtacrs_fx.frontier import Frontier, frontier
 from wtacrs_fx.ledger import Ledger
 
-__all__ = ["Backend", "Config", "InvariantError", "Ledger", "WtacrsWarning", "ledgers", "partitioner"]
+__all__ = [
+    "Backend",
+    "BudgetError",
+    "Config",
+    "Frontier",
+    "InvariantError",
+    "Ledger",
+    "WtacrsWarning",
+    "frontier",
+    "ledgers",
+    "partitioner",
+]

@@ -116,6 +116,7 @@ class Backend:
         if options:
             raise TypeError("options= beside a wtacrs_fx.Backend object: give them to the object, Backend(ratio=...).")
         check_torch_version()
+        _check_budgets(self.config)
         partition_fn = Partitioner(self.config, dynamo_names(gm))
         partition_fn.ledgers = self.ledgers
         if self.config.inner == "eager":
@@ -197,6 +198,18 @@ def dynamo_names(gm: GraphModule) -> list[str | None]:
         owner = clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
         names.append(f"{owner}.{member['name']}".lstrip(".") if member else None)
     return names
+
+
+def _check_budgets(config: Config) -> None:
+    """Two memory budgets: this package's wins, and says so."""
+    torchs = torch._functorch.config.activation_memory_budget
+    if config.memory_budget is not None and torchs != 1:
+        warnings.warn(
+            f"wtacrs: memory_budget={config.memory_budget!r} takes the place of torch's activation_memory_budget={torchs} "
+            "for this model; remove one of the two.",
+            WtacrsWarning,
+            stacklevel=3,
+        )
 
 
 @functools.cache

@@ -181,7 +181,9 @@ def parse_bytes(value: "int | str") -> int:
 
 
 def _check_budget(value: Any) -> None:
-    expected = "None, 'auto', a float in (0, 1] (share of the exact peak), or bytes as an int or a string such as '12GiB'"
+    expected = (
+        "None, 'auto', a float in (0, 1] (share of the exact peak), or bytes as an int or a string such as '12GiB'"
+    )
     if value is None or value == "auto":
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):

@@ -108,15 +108,28 @@ class Ledger:
             for e in self.entries
         ]
         headers = ("module", "op", "input", "dtype", "rows kept", "exact", "now", "decision", "reason")
-        return f"{tabulate(rows, headers, disable_numparse=True)}\n{self.summary()}"
+        text = tabulate(rows, headers, disable_numparse=True)
+        if self.parts:
+            lines = [(p.name, p.decision, f"{p.flops_added / 1e9:.2f}", ", ".join(p.kept)) for p in self.parts]
+            titles = ("segment of the forward", "in the backward", "GFLOPs added", "tensors saved inside")
+            text += "\n\n" + tabulate(lines, titles, disable_numparse=True)
+        return f"{text}\n{self.summary()}"
 
     def summary(self) -> str:
-        """The totals in one line."""
+        """The totals in one line, and what is predicted in another."""
         share = self.saved_bytes / self.saved_bytes_exact if self.saved_bytes_exact else 1.0
-        return (
+        text = (
             f"saved for backward: exact {format_bytes(self.saved_bytes_exact)}, now {format_bytes(self.saved_bytes)} "
             f"({share:.2f}x); sites: {self.count('early')} early, {self.count('late')} late, {self.count('exact')} exact"
         )
+        if self.predicted and self.predicted_exact:
+            now, exact = self.predicted, self.predicted_exact
+            text += (
+                f"\npredicted peak of activations: exact {format_bytes(exact.peak)}, now {format_bytes(now.peak)} "
+                f"({now.peak / max(1, exact.peak):.2f}x); FLOPs {now.flops / max(1, exact.flops):.2f}x, "
+                f"time {now.seconds / max(1e-30, exact.seconds):.2f}x"
+            )
+        return text
 
 
 def format_bytes(n: int) -> str:

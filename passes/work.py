@@ -1,0 +1,220 @@
+"""One joint graph on its way to a partition: what was found in it, the best cut so far, and the next attempt."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch._functorch import config as functorch_config
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import Graph, GraphModule, Node
+
+import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
+from wtacrs_fx.config import Config
+from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.passes.account import build_ledger, saved_bytes
+from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, meet_budget, parts, predict, roofline_of
+from wtacrs_fx.passes.invariants import check_partition
+from wtacrs_fx.passes.kinds import Kind, classify
+from wtacrs_fx.passes.planner import Plan, Planner
+from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
+from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
+from wtacrs_fx.passes.sample import Sampled, sample
+from wtacrs_fx.passes.sever import Severed, saved_tensors
+from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs, primals
+
+
+@dataclass
+class Work:
+    """The best partition of a joint graph so far, and what it takes to try another."""
+
+    joint: GraphModule
+    num_fwd_outputs: int
+    cut: Callable[..., Partition]
+    config: Config
+    kinds: Mapping[Node, Kind]
+    sites: Sequence[Site]
+    weights: set[str]
+    """Names of the placeholders that are parameters or buffers."""
+    users: set[Node]
+    """What the user's own checkpoint regions recompute."""
+    exact: Partition
+    plan: list[Decision]
+    done: Sampled = field(default_factory=Sampled)
+    recomputation: Plan | None = None
+    recomputed: set[Node] = field(default_factory=set)
+    starts: dict[Node, str] = field(default_factory=dict)
+    """Tensors from which recomputation starts, and what for."""
+    uncut: Uncut | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        joint: GraphModule,
+        num_fwd_outputs: int,
+        cut: Callable[..., Partition],
+        config: Config,
+        names: Sequence[str | None],
+        static: Sequence[int] | None,
+    ) -> "Work":
+        """Find the sites, decide about them, and make the exact partition."""
+        joint.graph.eliminate_dead_code()
+        joint.graph = fx_graph_cse(joint.graph)  # one node per value, so that sites that share an input share its node
+        protect_draws(joint.graph)
+        exact = cut(copy_joint(joint)[0], num_fwd_outputs)
+        users = take_user_regions(joint.graph)
+        weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
+        kinds = classify(joint.graph, weights)
+        grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
+        sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names))
+        plan = decide(sites, config)
+        return cls(
+            joint,
+            num_fwd_outputs,
+            cut,
+            config,
+            kinds,
+            sites,
+            {n.name for n in weights},
+            users,
+            exact,
+            plan,
+            recomputed=users,
+        )
+
+    def __post_init__(self) -> None:
+        self.best = self.exact
+        self.device = roofline_of(self.joint.graph)
+        self.prediction = predict(self.exact, self.weights, self.device)
+
+    @property
+    def has_products(self) -> bool:
+        """Whether the backward has any matrix product or convolution."""
+        return any(kind is Kind.GRADIENT and node.target in CONTRACTIONS for node, kind in self.kinds.items())
+
+    def run(self) -> None:
+        """Cut with everything late; decide on recomputation; settle; retreat."""
+        budget = self.config.memory_budget is not None
+        if not (budget or self.users or any(d.action is not Action.EXACT for d in self.plan)):
+            return
+        self.first_cut()
+        if budget:
+            self._recompute(meet_budget(self.planner(), self.prediction, self.config))
+        needed = needed_whole(self.plan, self.kinds) | self.starts
+        revised, changed = settle(self.plan, self._saved(), needed, self.config, self.recomputed)
+        if self.recomputed != self.users:
+            self.plan = revised
+            self.best, self.done, _ = self._attempt(revised)
+        else:
+            self._improve(revised, changed)
+        self._improve(*retreat(self.plan, {n.name for n in self.best[1].graph.nodes}, self.config))
+        check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
+
+    def first_cut(self) -> None:
+        """Sample as first decided, and cut."""
+        self.best, self.done, self.uncut = self._attempt(self.plan)
+
+    def planner(self) -> Planner:
+        """For recomputation on top of the first cut."""
+        assert self.uncut is not None
+        saved = {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
+        return make_planner(self.uncut, saved, self.weights, {n.name for n in self.users}, self.device)
+
+    def _recompute(self, plan: Plan) -> None:
+        by_name = {n.name: n for n in self.joint.graph.nodes}
+        self.recomputation = plan
+        self.recomputed = self.users | {by_name[n.name] for n in plan.recomputed if n.name in by_name}
+        self.starts = {by_name[n.name]: why for n, why in plan.starts.items() if n.name in by_name}
+
+    def ledger(self) -> Ledger:
+        exact, now = self.exact[0], self.best[0]
+        ledger = build_ledger(self.plan, self.done, exact, now, self.num_fwd_outputs, self.weights)
+        return replace(
+            ledger,
+            predicted_exact=self.prediction,
+            predicted=predict(self.best, self.weights, self.device),
+            parts=tuple(parts(self.recomputation)) if self.recomputation else (),
+        )
+
+    def _saved(self) -> set[str]:
+        return {view_base(n).name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
+
+    def _improve(self, revised: list[Decision], changed: int) -> None:
+        """Take the revised plan, unless its partition holds more bytes than the one it came from."""
+        if not changed:
+            self.plan = revised  # the same actions, with their reasons
+            return
+        again, done, _ = self._attempt(revised)
+        held = functools.partial(saved_bytes, num_fwd_outputs=self.num_fwd_outputs, weights=self.weights)
+        if held(again[0]) <= held(self.best[0]):
+            self.plan, self.best, self.done = revised, again, done
+
+    def _attempt(self, plan: Sequence[Decision]) -> tuple[Partition, Sampled, Uncut]:
+        module, env = copy_joint(self.joint)
+        severed = Severed(module.graph)
+        done = sample(module.graph, plan, env, severed, self.config)
+        outputs = severed.extend_outputs(self.num_fwd_outputs)
+        # Copies are equal to their originals until the cut has parted them, so torch must not merge equal nodes again.
+        copies = recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
+        module.graph.lint()
+        uncut = Uncut(module.graph, outputs)
+        forward, backward = self.cut(module, outputs, cse=not copies)
+        severed.join(forward, self.num_fwd_outputs)
+        return (forward, backward), done, uncut
+
+
+def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
+    """Placeholders that are parameters or buffers.
+
+    Dynamo names them by index (``static``) and ``aot_module`` by description. A plain function traced by ``aot_function``
+    says neither: then every input with a gradient counts, so that a product with such an input stays exact.
+    """
+    inputs = primals(graph)
+    chosen = {inputs[i] for i in static or () if i < len(inputs)}
+    chosen |= {n for n in inputs if type(n.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")}
+    if not chosen:
+        chosen = set(gradient_outputs(graph, num_fwd_outputs, inputs).values())
+    return [n for n in inputs if n in chosen]
+
+
+def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str]:
+    """Placeholder -> parameter name, from ``names`` (by position) or from AOTAutograd's descriptions."""
+    result = {}
+    for i, node in enumerate(primals(graph)):
+        name = names[i] if i < len(names) else None
+        name = name or getattr(node.meta.get("desc"), "target", None)
+        if name:
+            result[node] = name
+    return result
+
+
+def cutter(
+    joint_inputs: Any, config: Config, static: Sequence[int] | None, kwargs: Mapping[str, Any]
+) -> Callable[..., Partition]:
+    """Torch's partitioner for one joint graph: (module, number of forward outputs) -> partition. Where this package plans
+    the memory, torch's own budget is off."""
+
+    def cut(module: GraphModule, outputs: int, **torch_options: Any) -> Partition:
+        if config.memory_budget is not None:
+            torch_options["activation_memory_budget"] = 1.0
+        with functorch_config.patch(torch_options):
+            return min_cut_rematerialization_partition(
+                module,
+                joint_inputs,
+                num_fwd_outputs=outputs,
+                static_lifetime_input_indices=list(static or ()),
+                **kwargs,
+            )
+
+    return cut
+
+
+def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
+    """A copy of a joint graph, and node of the original -> node of the copy. The partitioner changes what it is given."""
+    graph = Graph()
+    env: dict[Node, Node] = {}
+    output = joint.graph.output_node()
+    new_output = graph.output(graph.graph_copy(joint.graph, env))
+    new_output.meta.update(output.meta)
+    return GraphModule(joint, graph), env

@@ -1,0 +1,268 @@
+"""The option ``memory_budget``: its values, the planner behind it, and the model of memory behind that."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+import wtacrs_fx
+from wtacrs_fx.benchmarks import measure
+from wtacrs_fx.config import Config, parse_bytes
+from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
+from wtacrs_fx.passes.liveness import timeline
+from wtacrs_fx.passes.planner import Planner
+from wtacrs_fx.passes.schedule import schedule_backward
+from wtacrs_fx.passes.segments import find_segments, forward_nodes
+from wtacrs_fx.passes.sites import graph_outputs
+
+from helpers import SMALL, Moments, Recorder, Transformer, gradients, transformer_batch
+
+WIDTH, LAYERS = 128, 4
+
+
+def compiled_transformer(dropout: float = 0.0, layers: int = LAYERS, **options):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, batch = Transformer(width=WIDTH, layers=layers, dropout=dropout), transformer_batch(8, 32, WIDTH)
+    backend = wtacrs_fx.Backend(**{**SMALL, "inner": "eager", **options})
+    return model, batch, torch.compile(model, backend=backend), backend
+
+
+class TestOption:
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("12GiB", 12 * 2**30),
+            ("1.5 KiB", 1536),
+            ("800MB", 800_000_000),
+            ("7B", 7),
+            (4096, 4096),
+            ("2TB", 2 * 10**12),
+        ],
+    )
+    def test_bytes(self, text, value):
+        assert parse_bytes(text) == value
+
+    @pytest.mark.parametrize("value", [0.0, 1.5, -0.1, float("nan"), "12", "GiB", "lots", -5, 0, "0GiB"])
+    def test_out_of_range(self, value):
+        with pytest.raises(ValueError, match=r"memory_budget=.*expected.*12GiB"):
+            Config(memory_budget=value)
+
+    def test_one_is_no_share(self):
+        with pytest.raises(ValueError, match=r"float, 1\.0"):
+            Config(memory_budget=1)
+
+    @pytest.mark.parametrize("value", [True, [1], {}])
+    def test_wrong_type(self, value):
+        with pytest.raises(TypeError, match="memory_budget="):
+            Config(memory_budget=value)
+
+    @pytest.mark.parametrize("value", [None, "auto", 0.5, 1.0, "12GiB", 2**20])
+    def test_accepted(self, value):
+        assert Config(memory_budget=value).memory_budget == value
+
+    def test_bytes_that_no_plan_can_meet(self):
+        _model, batch, call, _ = compiled_transformer(memory_budget="200KiB")
+        message = r"BudgetError: memory_budget='200KiB': the least peak.* MiB .*held between.*Raise the budget"
+        with pytest.raises(BackendCompilerFailed, match=message):
+            call(*batch)
+
+    def test_a_share_that_no_plan_can_meet(self):
+        _model, batch, call, backend = compiled_transformer(memory_budget=0.02)
+        with pytest.warns(WtacrsWarning, match=r"memory_budget=0\.02: the least peak"):
+            call(*batch).backward()
+        assert backend.ledger.predicted.peak < 0.5 * backend.ledger.predicted_exact.peak
+
+    def test_bytes_above_the_need_change_nothing(self):
+        _, batch, call, backend = compiled_transformer(memory_budget="4GiB", ratio=1.0)
+        call(*batch).backward()
+        ledger = backend.ledger
+        assert {p.decision for p in ledger.parts} == {"keep"}
+        assert ledger.saved_bytes == ledger.saved_bytes_exact
+
+    def test_bytes_are_met(self):
+        _, batch, call, backend = compiled_transformer(memory_budget="5MiB", ratio=1.0)
+        call(*batch).backward()
+        assert backend.ledger.predicted.peak <= 5 * 2**20 < backend.ledger.predicted_exact.peak
+
+    @pytest.mark.slow
+    def test_torchs_global_budget_gives_way(self):
+        """One of the two wins: this option, with a warning."""
+        _, batch, call, backend = compiled_transformer(memory_budget=0.5, inner="inductor")
+        with (
+            torch._functorch.config.patch(activation_memory_budget=0.3),
+            pytest.warns(WtacrsWarning, match="activation_memory_budget"),
+        ):
+            call(*batch).backward()
+        assert backend.ledger.parts
+
+
+def test_auto_takes_no_longer_than_exact():
+    _, batch, call, backend = compiled_transformer(memory_budget="auto", ratio=0.1, layers=6)
+    call(*batch).backward()
+    ledger = backend.ledger
+    assert ledger.predicted.seconds <= ledger.predicted_exact.seconds
+    assert ledger.predicted.peak < 0.7 * ledger.predicted_exact.peak
+
+
+def test_ledger_round_trip():
+    _, batch, call, backend = compiled_transformer(memory_budget=0.5)
+    call(*batch).backward()
+    ledger = backend.ledger
+    assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
+    text = ledger.table()
+    assert "recompute" in text
+    assert "predicted peak" in text
+    assert "blocks.1" in text
+
+
+def test_sampled_gradients_under_a_budget_are_unbiased():
+    model, batch, call, backend = compiled_transformer(
+        memory_budget=0.55, ratio=0.3, layers=2, exclude=(), estimator="systematic"
+    )
+    exact = gradients(model, *batch)
+    moments = Moments()
+    for _ in range(300):
+        moments.add(gradients(model, *batch, call=call))
+    assert any(p.decision == "recompute" for p in backend.ledger.parts)
+    sampled = {f"{e.module}.weight" for e in backend.ledger.entries}
+    for name, value in exact.items():
+        if name in sampled:
+            assert moments.standard_error(name).max() > 0, name
+            assert float(moments.z(name, value).square().mean().sqrt()) < 1.35, name
+
+
+class TestPlanner:
+    def planner(self, layers: int = 2) -> Planner:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, batch = Transformer(width=WIDTH, layers=layers), transformer_batch(8, 32, WIDTH)
+        recorder = Recorder(ratio=1.0)
+        gradients(model, *batch, call=torch.compile(model, backend=recorder))
+        graph, forward = recorder.joint[0].graph, recorder.forward[0].graph
+        saved = {n.name for n in graph_outputs(forward)[1:] if isinstance(n, torch.fx.Node)}
+        batch_shape = (8, 32, WIDTH)
+        weights = [
+            n
+            for n in graph.find_nodes(op="placeholder")
+            if "primals" in n.name and n.meta["val"].is_floating_point() and tuple(n.meta["val"].shape) != batch_shape
+        ]
+        return Planner(
+            graph,
+            1,
+            find_segments(graph, 1, weights),
+            [n for n in graph.nodes if n.name in saved],
+            weights,
+            roofline(torch.device("cpu"), torch.float32),
+        )
+
+    def test_distance_from_the_optimum(self):
+        """All combinations of keep, recompute and one mixture per segment: the plan is at most 5 % slower than the best."""
+        planner = self.planner()
+        options = [planner.choices(s)[:3] for s in planner.segments]
+        every = [planner.simulate(c) for c in itertools.product(*options)]
+        keep = planner.keep()
+        for share in (0.9, 0.75, 0.6, 0.5):
+            fits = [p.seconds for p in every if p.peak <= share * keep.peak]
+            plan = planner.fastest(int(share * keep.peak))
+            assert plan is not None
+            assert fits
+            assert plan.peak <= share * keep.peak
+            assert plan.seconds <= 1.05 * min(fits)
+        assert planner.least_peak(float("inf")).peak <= 1.05 * min(p.peak for p in every)
+
+    def test_less_memory_takes_more_time(self):
+        planner = self.planner(4)
+        keep = planner.keep()
+        plans = [planner.fastest(int(share * keep.peak)) for share in (0.9, 0.75, 0.6, 0.5)]
+        times = [p.seconds for p in plans]
+        assert all(p.peak <= share * keep.peak for p, share in zip(plans, (0.9, 0.75, 0.6, 0.5)))
+        assert times[-1] == max(times) > keep.seconds
+        assert planner.fastest(1000) is None
+
+    def test_time_bound(self):
+        planner = self.planner(4)
+        keep = planner.keep()
+        assert planner.least_peak(0.0).peak == keep.peak  # nothing is that fast: nothing is recomputed
+        bounded = planner.least_peak(1.1 * keep.seconds)
+        assert bounded.seconds <= 1.1 * keep.seconds
+        assert bounded.peak < keep.peak
+
+
+class TestMemoryModel:
+    def test_by_hand(self):
+        """Two products and a pointwise chain between them: the chain's end is a buffer, its middle is not."""
+        graph = torch.fx.Graph()
+        x, w = (graph.placeholder(n) for n in ("x", "w"))
+        a = graph.call_function(torch.ops.aten.mm.default, (x, w))
+        b = graph.call_function(torch.ops.aten.relu.default, (a,))
+        c = graph.call_function(torch.ops.aten.neg.default, (b,))
+        d = graph.call_function(torch.ops.aten.mm.default, (c, w))
+        graph.output((d,))
+        for node in (x, w, a, b, c, d):
+            node.meta["val"] = torch.empty(16, 16)
+        size = 16 * 16 * 4
+        line = timeline([a, b, c, d], given={x}, returned={d})
+        assert [k.node for k in line.kernels] == [a, c, d]
+        assert line.live == [2 * size, 2 * size, 2 * size]  # x a | a c | c d
+        assert line.kernels[1].reads == frozenset({a})
+
+    def test_gradients_of_parameters_are_told_apart(self):
+        graph = torch.fx.Graph()
+        x, w = (graph.placeholder(n) for n in ("x", "w"))
+        a = graph.call_function(torch.ops.aten.mm.default, (x, w))
+        b = graph.call_function(torch.ops.aten.mm.default, (a, w))
+        graph.output((a, b))
+        for node in (x, w, a, b):
+            node.meta["val"] = torch.empty(16, 16)
+        line = timeline([a, b], given=(), returned={a, b}, stays={a})
+        assert line.peak == 2 * 1024
+        assert line.activation_peak == 1024
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("budget", [None, 0.65])
+    def test_against_the_allocator(self, budget):
+        model, batch, call, backend = compiled_transformer(
+            inner="inductor", ratio=1.0, memory_budget=budget, dropout=0.1
+        )
+
+        def step():
+            call(*batch).backward()
+            model.zero_grad(set_to_none=True)
+
+        step()
+        peak = measure.peak_bytes(step)
+        assert backend.ledger.predicted.allocated == pytest.approx(peak, rel=0.2)
+
+    def test_schedule_recomputes_just_in_time(self):
+        planner = TestPlanner().planner(2)
+        boundaries = {b for s in planner.segments for b in s.handed_on}
+        least = schedule_backward(planner.graph, 1, boundaries)
+        forward = set(forward_nodes(planner.graph, 1))
+        again = [i for i, n in enumerate(least.nodes) if n in forward and flops(n)]
+        assert len(again) >= 12  # q, k, v, scores, attention and the first feed-forward product of two blocks
+        gradient_products = [i for i, n in enumerate(least.nodes) if n not in forward and flops(n)]
+        # Not one chain in front: most of the recomputed products come behind the first products of the backward.
+        assert sum(i > gradient_products[4] for i in again) > len(again) / 2
+
+
+class TestCost:
+    def test_flops_and_bytes(self):
+        graph = torch.fx.Graph()
+        x, w = (graph.placeholder(n) for n in ("x", "w"))
+        x.meta["val"], w.meta["val"] = torch.empty(8, 4), torch.empty(4, 2)
+        product = graph.call_function(torch.ops.aten.mm.default, (x, w))
+        product.meta["val"] = torch.empty(8, 2)
+        other = graph.call_function(torch.ops.aten.relu.default, (product,))
+        other.meta["val"] = torch.empty(8, 2)
+        assert (flops(product), flops(other), flops(x)) == (2 * 8 * 4 * 2, 0, 0)
+        assert nbytes(product) == 64
+
+    def test_roofline(self):
+        line = Roofline(flops=100.0, bandwidth=10.0)
+        assert line.seconds(1000, 1) == 10
+        assert line.seconds(1, 1000) == 100

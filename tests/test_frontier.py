@@ -1,0 +1,47 @@
+"""Predicted peak against predicted time, without running anything."""
+
+import pytest
+import torch
+
+import wtacrs_fx
+
+from helpers import SMALL, Transformer, transformer_batch
+
+
+def model_and_batch():
+    torch.manual_seed(0)
+    return Transformer(width=128, layers=3), transformer_batch(8, 32, 128)
+
+
+def test_exact_and_sampled_plans():
+    model, batch = model_and_batch()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    found = wtacrs_fx.frontier(model, batch, points=4, ratio=0.1, memory_budget=0.6, **SMALL)
+    arms = {arm: [p for p in found.points if p.arm == arm] for arm in ("exact", "sampled")}
+    assert all(len(points) >= 2 for points in arms.values())
+    for points in arms.values():
+        peaks = [p.peak for p in points]
+        assert peaks == sorted(peaks, reverse=True)
+    (chosen,) = [p for p in found.points if p.chosen]
+    assert chosen.arm == "sampled"
+    assert chosen.peak <= 0.6 * found.exact.peak
+    assert min(p.seconds for p in arms["sampled"]) < min(p.seconds for p in arms["exact"])
+    assert "<- chosen" in found.table()
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
+
+
+def test_bad_input():
+    model, batch = model_and_batch()
+    with pytest.raises(ValueError, match="points=0"):
+        wtacrs_fx.frontier(model, batch, points=0)
+    with pytest.raises(TypeError, match="unknown wtacrs option 'ration'"):
+        wtacrs_fx.frontier(model, batch, ration=0.3)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"model\.train\(\)"):
+        wtacrs_fx.frontier(model, batch)
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    model, batch = model_and_batch()
+    wtacrs_fx.frontier(model, batch, points=2).plot(tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
