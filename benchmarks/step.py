@@ -23,13 +23,6 @@ from wtacrs_fx import Backend
 from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.benchmarks.families import FAMILIES, Batch
 
-ARMS: dict[str, Callable[[str], Any]] = {
-    "eager": lambda _: None,
-    "inductor": lambda _: "inductor",
-    "wtacrs 0.3": lambda estimator: Backend(ratio=0.3, estimator=estimator),
-    "wtacrs 0.1": lambda estimator: Backend(ratio=0.1, estimator=estimator),
-}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,6 +32,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--estimator", default="wta_crs")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.3, 0.1])
+    parser.add_argument(
+        "--budgets", nargs="*", default=[], help="arms with memory_budget too: 'auto', a share or bytes"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write a Markdown table here and the raw numbers beside it as JSON")
     args = parser.parse_args()
@@ -64,10 +61,9 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, dict[str,
     steps: dict[str, Callable[[], None]] = {}
     results: dict[str, dict[str, Any]] = {}
     reference: dict[str, torch.Tensor] = {}
-    for name, make in ARMS.items():
+    for name, backend in arms(args).items():
         torch._dynamo.reset()
         twin = copy.deepcopy(model)
-        backend = make(args.estimator)
         call = twin if backend is None else torch.compile(twin, backend=backend)
         results[name] = {
             "unit_bytes": args.batch_size * args.length * hidden * 4,
@@ -85,6 +81,17 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, dict[str,
         results[name]["seconds"] = times.seconds
         results[name]["median"] = times.median
     return results
+
+
+def arms(args: argparse.Namespace) -> dict[str, Any]:
+    """Name -> backend; None is eager. Every ratio without a budget and with each."""
+    budgets = {"": None, **{f" budget {b}": float(b) if b.replace(".", "").isdigit() else b for b in args.budgets}}
+    sampled = {
+        f"wtacrs {ratio:g}{name}": Backend(ratio=ratio, estimator=args.estimator, memory_budget=budget)
+        for ratio in args.ratios
+        for name, budget in budgets.items()
+    }
+    return {"eager": None, "inductor": "inductor", **sampled}
 
 
 def step_of(model: nn.Module, call: Callable[..., Any], batch: Batch) -> Callable[[], None]:

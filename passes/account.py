@@ -3,11 +3,12 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from wtacrs_fx.ledger import Entry, Ledger
-from wtacrs_fx.passes.policy import Action, Decision, hint, view_base
+from wtacrs_fx.passes.kinds import is_tensor
+from wtacrs_fx.passes.liveness import buffer_bytes
+from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import saved_tensors
 
@@ -66,7 +67,7 @@ def storages(tensors: Iterable[Node], weights: Collection[str] = ()) -> dict[int
     tensors = list(tensors)
     graph = tensors[0].graph if tensors else None
     skip = {_storage(n) for n in graph.find_nodes(op="placeholder") if n.name in weights} if graph else set()
-    return {_storage(n): hint(n.meta["val"].untyped_storage().nbytes()) for n in tensors if _storage(n) not in skip}
+    return {_storage(n): buffer_bytes(n) for n in tensors if _storage(n) not in skip}
 
 
 def _bytes_by_source(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> dict[str, int]:
@@ -75,8 +76,7 @@ def _bytes_by_source(forward: GraphModule, num_fwd_outputs: int, weights: Collec
 
 
 def _storage(node: Node) -> int:
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else -1
+    return node.meta["val"].untyped_storage()._cdata if is_tensor(node) else -1
 
 
 def _size(size: Any) -> int | str:

@@ -86,10 +86,8 @@ def meet_budget(planner: Planner, exact: Prediction, config: Config) -> Plan:
     if budget == "auto":
         return planner.least_peak(exact.seconds)
     assert budget is not None
-    share = isinstance(budget, float)
     target = int(budget * exact.peak) if isinstance(budget, float) else parse_bytes(budget)
-    keep = planner.keep()
-    plan = keep if keep.peak <= target else planner.fastest(target)
+    plan = planner.keep if planner.keep.peak <= target else planner.fastest(target)
     if plan is not None:
         return plan
     least = planner.least_peak(math.inf)
@@ -101,7 +99,7 @@ def meet_budget(planner: Planner, exact: Prediction, config: Config) -> Plan:
         f"it are held between forward and backward, the rest is the working memory of one segment"
         + (", and regions of torch.utils.checkpoint leave less to choose." if planner.fixed else ".")
     )
-    if not share:
+    if not isinstance(budget, float):
         raise BudgetError(f"{message} Raise the budget, or make the batch smaller.")
     warnings.warn(f"wtacrs: {message} This least peak is used.", WtacrsWarning, stacklevel=2)
     return least
@@ -111,14 +109,12 @@ def parts(plan: Plan) -> list[Part]:
     """The plan's choices for the ledger."""
     result = []
     for choice in plan.choices:
-        segment = choice.segment
         result.append(
             Part(
-                name=segment.name,
+                name=choice.segment.name,
                 decision="recompute" if choice.recomputed else "keep",
                 kept=tuple(n.name for n in choice.kept),
-                flops_added=sum(flops(n) for n in choice.recomputed),
-                nodes=len(segment.nodes),
+                flops_added=sum(flops(n) for n in choice.recomputed & plan.again),
             )
         )
     return result

@@ -6,6 +6,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.errors import InvariantError
+from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import Action, Decision
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import saved_tensors
@@ -64,4 +65,4 @@ def _through_transpose(node: Node) -> Node:
 
 def _is_saved(node: Node) -> bool:
     special = ("tangents", "bwd_seed", "bwd_base", "bwd_rng_state")
-    return isinstance(node.meta.get("val"), torch.Tensor) and not any(s in str(node.target) for s in special)
+    return is_tensor(node) and not any(s in str(node.target) for s in special)

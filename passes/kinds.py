@@ -41,6 +41,11 @@ def classify(graph: Graph, weights: Collection[Node]) -> dict[Node, Kind]:
     return kinds
 
 
+def is_tensor(node: Node) -> bool:
+    """Whether the node's value is one tensor (not several, a size or a number)."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
 def draws(node: Node) -> bool:
     """Whether running the node twice gives two results. Fused attention without dropout bears the tag and draws nothing."""
     if node.target is torch.ops.prims.inductor_seeds.default:
@@ -58,5 +63,4 @@ def is_drawn_mask(node: Node) -> bool:
     """Whether the node compares numbers that were drawn on the spot: the mask is smaller to keep than they are."""
     if getattr(node.meta.get("val"), "dtype", None) is not torch.bool:
         return False
-    drawn = [n.meta.get("val") for n in node.all_input_nodes if draws(n)]
-    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in drawn)
+    return any(draws(n) and is_tensor(n) and n.meta["val"].is_floating_point() for n in node.all_input_nodes)

@@ -6,16 +6,17 @@ reused and reads more than a few buffers itself (Inductor's thresholds). Everyth
 it reads alive until its reader has run.
 """
 
+import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch._inductor.inductor_prims  # (registers torch.ops.prims.inductor_random and its seeds)
 from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline, flops
+from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import hint, is_view, view_base
 from wtacrs_fx.passes.sites import graph_outputs
 
@@ -35,6 +36,7 @@ _POINTWISE = (
 )  # fmt: skip
 
 _COSTLY = (aten.exp.default, aten.sigmoid.default)
+"""What Inductor does not compute again on CPU for every reader."""
 
 
 @dataclass(frozen=True)
@@ -78,37 +80,15 @@ class Facts:
     """What simulations ask of every node again and again, computed once. For one graph that is not changed meanwhile."""
 
     def __init__(self) -> None:
-        self._base: dict[Node, Node] = {}
-        self._bytes: dict[Node, int] = {}
-        self._inputs: dict[Node, tuple[Node, ...]] = {}
-        self._library: dict[Node, bool] = {}
-        self._flops: dict[Node, int] = {}
+        self.base = functools.cache(view_base)
+        self.bytes = functools.cache(buffer_bytes)
+        self.library = functools.cache(is_library_call)
+        self.flops = functools.cache(flops)
+        self.inputs = functools.cache(self._inputs)
 
-    def base(self, node: Node) -> Node:
-        if node not in self._base:
-            self._base[node] = view_base(node)
-        return self._base[node]
-
-    def bytes(self, node: Node) -> int:
-        if node not in self._bytes:
-            self._bytes[node] = buffer_bytes(node)
-        return self._bytes[node]
-
-    def inputs(self, node: Node) -> tuple[Node, ...]:
+    def _inputs(self, node: Node) -> tuple[Node, ...]:
         """View bases of the node's inputs, each once."""
-        if node not in self._inputs:
-            self._inputs[node] = tuple(dict.fromkeys(map(self.base, node.all_input_nodes)))
-        return self._inputs[node]
-
-    def library(self, node: Node) -> bool:
-        if node not in self._library:
-            self._library[node] = is_library_call(node)
-        return self._library[node]
-
-    def flops(self, node: Node) -> int:
-        if node not in self._flops:
-            self._flops[node] = flops(node)
-        return self._flops[node]
+        return tuple(dict.fromkeys(map(self.base, node.all_input_nodes)))
 
     def seconds(self, kernel: Kernel, roofline: Roofline) -> float:
         """Predicted run time of a kernel."""
@@ -128,8 +108,7 @@ def is_library_call(node: Node) -> bool:
 
 def buffer_bytes(node: Node) -> int:
     """Bytes of a tensor's storage; 0 for anything else."""
-    value = node.meta.get("val")
-    return hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
+    return hint(node.meta["val"].untyped_storage().nbytes()) if is_tensor(node) else 0
 
 
 def timeline(
@@ -197,7 +176,7 @@ def _held_for_reuse(
     pool: dict[tuple[int, torch.dtype], list[int]] = {}
     for i, (group, dying) in enumerate(zip(groups, dies)):
         for kernel in group:
-            waiting = pool.get(_key(kernel.node, facts))
+            waiting = pool.get(_key(kernel.node, facts)) if kernel.size else None
             if waiting and (waiting[-1] + 1 >= i or kernel.size + max(estimate[waiting[-1] + 1 : i]) <= top):
                 for j in range(waiting.pop() + 1, i):
                     held[j] += kernel.size
@@ -209,8 +188,7 @@ def _held_for_reuse(
 
 
 def _key(node: Node, facts: Facts) -> tuple[int, torch.dtype]:
-    value = node.meta.get("val")
-    return facts.bytes(node), value.dtype if isinstance(value, torch.Tensor) else torch.float32
+    return facts.bytes(node), node.meta["val"].dtype
 
 
 def _fused(kernels: Sequence[Kernel]) -> list[list[Kernel]]:

@@ -1,5 +1,6 @@
 """Rewrite a joint graph, cut it with torch's min-cut partitioner, keep what paid, and account for it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,8 @@ from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import meet_budget
 from wtacrs_fx.passes.kinds import is_tangent
 from wtacrs_fx.passes.planner import Plan
-from wtacrs_fx.passes.work import Work, copy_joint, cutter
+from wtacrs_fx.passes.policy import decide
+from wtacrs_fx.passes.work import Work, cutter
 
 
 def partition(
@@ -45,7 +47,6 @@ def partition(
     Raises:
         BudgetError: the memory budget is in bytes and cannot be met.
     """
-
     cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     if not any(is_tangent(n) for n in joint.graph.nodes):
         return (*cut(joint, num_fwd_outputs), None)
@@ -68,21 +69,18 @@ def explore(
     **kwargs: Any,
 ) -> tuple[Prediction, list[tuple[str, Plan, bool]]]:
     """Plans of least predicted time for a range of peaks: (prediction of the exact partition, [(arm, plan, chosen)])."""
-    result = []
-    for arm, ratio in (("exact", 1.0), ("sampled", config.ratio)):
-        options = replace(config, ratio=ratio, memory_budget=config.memory_budget or 1.0)
-        cut = cutter(joint_inputs, options, static_lifetime_input_indices, kwargs)
-        work = Work.prepare(copy_joint(joint)[0], num_fwd_outputs, cut, options, names, static_lifetime_input_indices)
+    config = replace(config, memory_budget=config.memory_budget or 1.0)  # 1.0: torch's own budget is off, nothing more
+    cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
+    sampled = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
+    exact = replace(sampled, plan=decide(sampled.sites, replace(config, ratio=1.0)))
+    result: list[tuple[str, Plan, bool]] = []
+    for arm, work in (("exact", exact), ("sampled", sampled)):
         work.first_cut()
         planner = work.planner()
-        keep, least = planner.keep(), planner.least_peak(float("inf"))
-        chosen = meet_budget(planner, work.prediction, options) if arm == "sampled" and config.memory_budget else keep
+        keep, least = planner.keep, planner.least_peak(math.inf)
         step = (keep.peak - least.peak) / max(1, points - 1)
         plans = [keep, *(planner.fastest(int(keep.peak - i * step)) for i in range(1, points - 1)), least]
-        distinct = {p.peak: p for p in plans if p is not None}
-        if arm == "sampled":
-            distinct[chosen.peak] = chosen
-        result += [
-            (arm, distinct[p], arm == "sampled" and distinct[p] is chosen) for p in sorted(distinct, reverse=True)
-        ]
-    return work.prediction, result
+        chosen = meet_budget(planner, work.prediction, config) if work is sampled else None
+        distinct = {p.peak: p for p in (*plans, chosen) if p is not None}
+        result += [(arm, distinct[p], distinct[p] is chosen) for p in sorted(distinct, reverse=True)]
+    return sampled.prediction, result

@@ -15,6 +15,7 @@ and seconds of every choice come from simulations in which all segments choose a
 PyTorch's knapsack solvers do not fit: they bound the sum of all bytes held, not the peak.
 """
 
+import functools
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline
-from wtacrs_fx.passes.kinds import draws, is_drawn_mask
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tensor
 from wtacrs_fx.passes.liveness import Facts, Timeline, timeline
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import schedule_backward
-from wtacrs_fx.passes.segments import Segment, forward_nodes, is_tensor, merge
+from wtacrs_fx.passes.segments import Segment, forward_nodes, merge
 from wtacrs_fx.passes.sites import graph_outputs
 
 SIZES = (1, 2, 3, 4, 6, 8)
@@ -73,6 +74,8 @@ class Plan:
     """Bytes of activations at most alive at once (gradients of parameters left out)."""
     seconds: float
     held: int
+    again: frozenset[Node]
+    """Nodes of the forward that the backward runs again: those of ``recomputed`` that it asks for, and cheap others."""
 
     @property
     def recomputed(self) -> frozenset[Node]:
@@ -120,12 +123,13 @@ class Planner:
 
     def simulate(self, choices: Sequence[Choice]) -> Plan:
         """Predicted peak, time and held bytes of a combination."""
-        line, given, _ = self._run(choices)
+        line, given, again = self._run(choices)
         forward = timeline(self.forward, (), self.outputs | given, facts=self.facts)
         seconds = line.seconds(self.roofline, self.facts) + forward.seconds(self.roofline, self.facts)
         held = sum(map(self.facts.bytes, given))
-        return Plan(tuple(choices), max(line.activation_peak, forward.peak), seconds, held)
+        return Plan(tuple(choices), max(line.activation_peak, forward.peak), seconds, held, frozenset(again))
 
+    @functools.cached_property
     def keep(self) -> Plan:
         """The plan that recomputes nothing."""
         return self.simulate([Choice(s) for s in self.segments])
@@ -137,7 +141,9 @@ class Planner:
         best: Plan | None = None
         for _ in range(SIMULATIONS):
             open_ = {
-                s: f for s, f in found.items() if f is not None and (best is None or f[0] < best.seconds - self.base)
+                s: f
+                for s, f in found.items()
+                if f is not None and (best is None or f[0] < best.seconds - self.keep.seconds)
             }
             if not open_:
                 break
@@ -154,7 +160,7 @@ class Planner:
 
     def least_peak(self, seconds: float, tolerance: float = 0.01) -> Plan:
         """The plan of least predicted peak whose predicted time is at most ``seconds`` (nothing recomputed if none is)."""
-        best = self.keep()
+        best = self.keep
         step = int(tolerance * best.peak)
         low, high = 0, best.peak
         while high - low > step:
@@ -165,13 +171,6 @@ class Planner:
             else:
                 low = middle
         return best
-
-    @property
-    def base(self) -> float:
-        """Predicted time of the plan that recomputes nothing."""
-        if not hasattr(self, "_base"):
-            self._base = self.keep().seconds
-        return self._base
 
     def choices(self, segment: Segment) -> list[Choice]:
         """Keep; recompute all; recompute all but the tensors that save most time per byte, one kind more at a time."""

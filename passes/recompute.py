@@ -16,15 +16,15 @@ import operator
 from collections.abc import Collection, Mapping
 
 import torch
-import torch._inductor.inductor_prims  # (registers torch.ops.prims.inductor_random and its seeds)
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.kinds import draws, is_drawn_mask
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tensor
 from wtacrs_fx.passes.liveness import is_library_call
 from wtacrs_fx.passes.policy import is_view, view_base
-from wtacrs_fx.passes.segments import forward_nodes, is_tensor
+from wtacrs_fx.passes.schedule import pending
+from wtacrs_fx.passes.segments import forward_nodes
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -73,7 +73,7 @@ class _Copier:
 
     def serve(self, reader: Node) -> None:
         """Let a node of the backward read copies."""
-        for node in self._missing(reader):
+        for node in pending(reader, self.wanted, self.copies, self.position):
             with self.graph.inserting_before(reader):
                 copy = self.graph.node_copy(node, lambda n: self.copies.get(n, n))
             copy.meta["partitioner_tag"] = "must_be_in_backward"
@@ -86,17 +86,6 @@ class _Copier:
                 reader.replace_input_with(source, self.copies[source])
         if is_library_call(reader) and is_tensor(reader):
             self.token = reader
-
-    def _missing(self, reader: Node) -> list[Node]:
-        """Wanted nodes behind the reader's inputs that have no copy yet, in order."""
-        found: set[Node] = set()
-        stack = [reader]
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source in self.wanted and source not in self.copies and source not in found:
-                    found.add(source)
-                    stack.append(source)
-        return sorted(found, key=self.position.__getitem__)
 
     def _delay(self, node: Node, copy: Node) -> None:
         """Let the copy read delayed tensors where it reads what is in memory from the beginning."""

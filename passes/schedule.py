@@ -1,7 +1,7 @@
 """The order in which a joint graph's forward and backward will run, for a given set of saved tensors."""
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -37,7 +37,7 @@ def schedule_backward(graph: Graph, num_fwd_outputs: int, saved: Collection[Node
     result: list[Node] = []
     for node in ordered:
         if position[node] >= start and node not in done:
-            for wanted in _wanted(node, needed, done, position):
+            for wanted in (*pending(node, needed, done, position), node):
                 done.add(wanted)
                 result.append(wanted)
     return Backward(tuple(result), frozenset(reads))
@@ -64,13 +64,13 @@ def _drawn(node: Node) -> bool:
     return isinstance(source, Node) and draws(source)
 
 
-def _wanted(node: Node, needed: set[Node], done: set[Node], position: dict[Node, int]) -> list[Node]:
-    """The node behind everything of ``needed`` that must run before it and has not."""
-    found = {node}
+def pending(node: Node, among: Collection[Node], done: Collection[Node], position: Mapping[Node, int]) -> list[Node]:
+    """What must run before the node and has not: those ``among`` its inputs, and theirs, that are not ``done``, in order."""
+    found: set[Node] = set()
     stack = [node]
     while stack:
         for source in stack.pop().all_input_nodes:
-            if source in needed and source not in done and source not in found:
+            if source in among and source not in done and source not in found:
                 found.add(source)
                 stack.append(source)
     return sorted(found, key=position.__getitem__)

@@ -10,11 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import flops, nbytes
-from wtacrs_fx.passes.kinds import draws
+from wtacrs_fx.passes.kinds import Kind, classify, is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import clean_module_path, graph_outputs
 
@@ -44,15 +43,6 @@ def forward_nodes(graph: Graph, num_fwd_outputs: int) -> list[Node]:
     return [n for n in graph.nodes if n in needed and n.op == "call_function"]
 
 
-def constants(nodes: Sequence[Node], weights: Collection[Node]) -> set[Node]:
-    """Calls that depend on weights and constants only: what they return is never worth saving."""
-    result: set[Node] = set()
-    for node in nodes:
-        if not draws(node) and all(n in result or n in weights for n in node.all_input_nodes):
-            result.add(node)
-    return result
-
-
 def find_segments(graph: Graph, num_fwd_outputs: int, weights: Collection[Node] = ()) -> list[Segment]:
     """Cut the forward where least is handed on.
 
@@ -68,8 +58,8 @@ def find_segments(graph: Graph, num_fwd_outputs: int, weights: Collection[Node] 
         return []
     position = {n: i for i, n in enumerate(nodes)}
     last_read = _last_reads(nodes, position)
-    for node in constants(nodes, weights):
-        last_read.pop(node, None)
+    kinds = classify(graph, weights)
+    last_read = {n: i for n, i in last_read.items() if kinds[n] is not Kind.WEIGHT}
     widths = _widths(nodes, last_read, [n for n in graph.find_nodes(op="placeholder") if weights and n not in weights])
     places = _narrow_places(widths, _stretches(nodes))
     stops = [*places, len(nodes) - 1]
@@ -139,10 +129,6 @@ def _narrow_places(widths: Sequence[int], stretches: Sequence[range]) -> list[in
         return []
     limit = MAX_WIDTH * median(widths[i] for i in minima)
     return [i for i in minima if widths[i] <= limit]
-
-
-def is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _name(nodes: Sequence[Node]) -> str:

@@ -6,9 +6,9 @@ become extra outputs, in the backward they are read from new placeholders, which
 partition the two ends are joined again and the extra outputs are gone.
 """
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
+from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.sites import graph_outputs
 
 _NAME = "wtacrs_saved_"
@@ -80,4 +80,4 @@ class Severed:
 def saved_tensors(forward: GraphModule, num_fwd_outputs: int) -> list[Node]:
     """The tensors that a partitioned forward hands to its backward."""
     values = graph_outputs(forward.graph)[num_fwd_outputs:]
-    return [v for v in values if isinstance(v, Node) and isinstance(v.meta.get("val"), torch.Tensor)]
+    return [v for v in values if isinstance(v, Node) and is_tensor(v)]

@@ -165,7 +165,7 @@ class TestPlanner:
         planner = self.planner()
         options = [planner.choices(s)[:3] for s in planner.segments]
         every = [planner.simulate(c) for c in itertools.product(*options)]
-        keep = planner.keep()
+        keep = planner.keep
         for share in (0.9, 0.75, 0.6, 0.5):
             fits = [p.seconds for p in every if p.peak <= share * keep.peak]
             plan = planner.fastest(int(share * keep.peak))
@@ -177,7 +177,7 @@ class TestPlanner:
 
     def test_less_memory_takes_more_time(self):
         planner = self.planner(4)
-        keep = planner.keep()
+        keep = planner.keep
         plans = [planner.fastest(int(share * keep.peak)) for share in (0.9, 0.75, 0.6, 0.5)]
         times = [p.seconds for p in plans]
         assert all(p.peak <= share * keep.peak for p, share in zip(plans, (0.9, 0.75, 0.6, 0.5)))
@@ -186,7 +186,7 @@ class TestPlanner:
 
     def test_time_bound(self):
         planner = self.planner(4)
-        keep = planner.keep()
+        keep = planner.keep
         assert planner.least_peak(0.0).peak == keep.peak  # nothing is that fast: nothing is recomputed
         bounded = planner.least_peak(1.1 * keep.seconds)
         assert bounded.seconds <= 1.1 * keep.seconds

@@ -41,7 +41,6 @@ def test_bad_input():
 
 
 def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     model, batch = model_and_batch()
     wtacrs_fx.frontier(model, batch, points=2).plot(tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000

@@ -122,7 +122,7 @@ class Backend:
         if self.config.inner == "eager":
             return _compile_eager(gm, example_inputs, partition_fn, mode)
         with sidecar.ledger_of(gm, example_inputs, partition_fn):
-            return _compile_inductor(gm, example_inputs, partition_fn, mode)
+            return compile_inductor(gm, example_inputs, partition_fn, mode)
 
 
 def wtacrs(
@@ -139,9 +139,10 @@ def wtacrs(
     return Backend(Config.from_options(options))(gm, example_inputs, mode=mode)
 
 
-def _compile_inductor(
+def compile_inductor(
     gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
 ) -> Callable[..., Any]:
+    """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner."""
     from torch._inductor.compile_fx import compile_fx
 
     # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.

@@ -1,5 +1,6 @@
 """Predicted peak against predicted time, for exact and for sampled training, before anything runs."""
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from tabulate import tabulate
 from torch import nn
 from torch.fx import GraphModule
 
-from wtacrs_fx.backend import dynamo_names
+from wtacrs_fx.backend import Partitioner, compile_inductor, dynamo_names
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Prediction, format_bytes
+from wtacrs_fx.passes.partition import explore
 
 POINTS = 12
 
@@ -35,7 +37,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Plans of least predicted time, from keeping everything down to the least peak. Sums over the model's graphs."""
+    """Plans of least predicted time, from keeping everything down to the least peak, for the first training graph of a model
+    (the only one, if the model has no graph break)."""
 
     exact: Prediction
     """The partition that Inductor makes by default."""
@@ -79,7 +82,9 @@ class Frontier:
 def frontier(
     model: nn.Module, batch: "Mapping[str, Any] | Sequence[Any] | torch.Tensor", *, points: int = POINTS, **options: Any
 ) -> Frontier:
-    """Trace a model for training, plan it for a range of peaks, exactly and sampled, and run nothing.
+    """Trace a model for training, plan its first graph for a range of peaks, exactly and sampled, and train nothing.
+
+    Nothing of that graph runs. If the model has a graph break, what comes before the first training graph does.
 
     Args:
         model: in the mode in which it is trained.
@@ -95,7 +100,16 @@ def frontier(
         raise ValueError(f"points={points!r}: expected a positive number of plans per arm.")
     config = Config.from_options(options)
     found: list[Frontier] = []
-    _trace(model, batch, lambda joint, **kwargs: found.append(_explore(joint, config, points, **kwargs)))
+
+    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+        return compile_inductor(gm, inputs, _Explorer(config, dynamo_names(gm), points, found), None)
+
+    args: Sequence[Any] = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, torch.Tensor) else batch
+    try:
+        torch.compile(model, backend=backend)(*args, **(batch if isinstance(batch, Mapping) else {}))
+    except Exception:  # Dynamo wraps _Stop
+        if not found:
+            raise
     if not found:
         raise ValueError(
             "no training graph was traced: call model.train(), enable gradients, and let the model return what the loss is "
@@ -104,48 +118,24 @@ def frontier(
     return found[0]
 
 
-def _explore(joint: GraphModule, config: Config, points: int, **kwargs: Any) -> Frontier:
-    from wtacrs_fx.passes.partition import explore
-
-    exact, plans = explore(joint, config, points, **kwargs)
-    return Frontier(exact, tuple(Point(arm, p.peak, p.seconds, p.held, chosen) for arm, p, chosen in plans))
-
-
 class _Stop(Exception):
     """Ends a compilation behind its partition."""
 
 
-def _trace(model: nn.Module, batch: Any, use: Any) -> None:
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+class _Explorer(Partitioner):
+    """Looks at a training graph where a partitioner would partition it, and ends the compilation there."""
 
-    done = False
+    def __init__(self, config: Config, names: Sequence[str | None], points: int, found: list[Frontier]) -> None:
+        super().__init__(config, names)
+        self.points, self.found = points, found
+        self.id = uuid.uuid4().hex
 
-    class Look(CustomPartitionerFn):
-        def __init__(self, names: Sequence[str | None]) -> None:
-            self.names = names
+    def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        exact, plans = explore(gm, self.config, self.points, joint_inputs=joint_inputs, names=self.names, **kwargs)
+        points = tuple(Point(arm, p.peak, p.seconds, p.held, chosen) for arm, p, chosen in plans)
+        self.found.append(Frontier(exact, points))
+        raise _Stop
 
-        def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
-            nonlocal done
-            use(gm, joint_inputs=joint_inputs, names=self.names, **kwargs)
-            done = True
-            raise _Stop
-
-        def uuid(self) -> str:
-            return "wtacrs frontier"
-
-    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
-        patches = {"custom_partitioner_fn": Look(dynamo_names(gm)), "force_disable_caches": True}
-        return compile_fx(gm, inputs, config_patches=patches)
-
-    compiled = torch.compile(model, backend=backend)
-    try:
-        if isinstance(batch, Mapping):
-            compiled(**batch)
-        elif isinstance(batch, torch.Tensor):
-            compiled(batch)
-        else:
-            compiled(*batch)
-    except Exception:
-        if not done:
-            raise
+    def uuid(self) -> str:
+        """Another one for every exploration: no graph in any cache fits, and the graph is traced."""
+        return self.id

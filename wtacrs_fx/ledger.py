@@ -37,9 +37,9 @@ class Part:
     decision: str
     """"keep" or "recompute"."""
     kept: tuple[str, ...]
-    """Products of a recomputed segment whose results are saved all the same."""
+    """Tensors of a recomputed segment that are saved all the same."""
     flops_added: int
-    nodes: int
+    """Of its matrix products that the backward runs again."""
 
 
 @dataclass(frozen=True)
