@@ -1,6 +1,6 @@
 """Time of the first training step, compilation included, of Inductor and of wtacrs, each in a fresh process without caches.
 
-python -m wtacrs_fx.benchmarks.compile_time --family bert --layers 12 --out benchmarks/results/compile_time.md
+python -m wtacrs_fx.benchmarks.compile_time --family bert --layers 12 --budgets none auto --out benchmarks/results/compile_time.md
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -27,18 +28,24 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--child", choices=["inductor", "wtacrs"], help=argparse.SUPPRESS)
+    parser.add_argument("--budgets", nargs="+", default=["none", "auto"], help="memory_budget: none, auto or a share")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(first_step(args))
         return
-    seconds: dict[str, list[float]] = {"inductor": [], "wtacrs": []}
+    seconds: dict[str, list[float]] = {arm: [] for arm in ("inductor", *args.budgets)}
     for _ in range(args.repeats):
         for arm, times in seconds.items():
             times.append(run_child(arm, args))
     base = statistics.median(seconds["inductor"])
     rows = [
-        (arm, f"{statistics.median(t):.1f}", f"{statistics.median(t) / base:.2f}", ", ".join(f"{x:.1f}" for x in t))
+        (
+            arm if arm == "inductor" else f"wtacrs, memory_budget={arm}",
+            f"{statistics.median(t):.1f}",
+            f"{statistics.median(t) / base:.2f}",
+            ", ".join(f"{x:.1f}" for x in t),
+        )
         for arm, t in seconds.items()
     ]
     env = ", ".join(f"{k} {v}" for k, v in measure.environment().items())
@@ -65,7 +72,14 @@ def run_child(arm: str, args: argparse.Namespace) -> float:
 def first_step(args: argparse.Namespace) -> float:
     torch.manual_seed(0)
     model, batch = FAMILIES[args.family](args.layers, args.batch_size, args.length)
-    compiled = torch.compile(model.train(), backend=args.child)
+    options: dict[str, Any] = {"dynamic": False}
+    if args.child == "inductor":
+        options["backend"] = "inductor"
+    else:
+        named = {"none": None, "auto": "auto"}
+        budget = named[args.child] if args.child in named else float(args.child)
+        options |= {"backend": "wtacrs", "options": {"memory_budget": budget}}
+    compiled = torch.compile(model.train(), **options)
     start = time.perf_counter()
     compiled(**batch).loss.backward()
     return time.perf_counter() - start

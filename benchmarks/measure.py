@@ -5,14 +5,17 @@ backward), peak (the largest sum of live bytes during a step) and resident (what
 """
 
 import contextlib
+import ctypes
+import itertools
 import os
 import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -62,21 +65,73 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return _largest_sum(size for _, size in _allocations(step))
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Largest sums of live bytes during a step: of everything, and without the gradients of parameters alive at that moment."""
+
+    total: int
+    activations: int
+
+
+def peaks(backward: Callable[[], object], model: nn.Module) -> Peaks:
+    """Both peaks of ``backward()``, a forward and a backward that leave their gradients in ``.grad``, on CPU.
+
+    A gradient counts as one from the allocation of the memory that ends in ``.grad``. Gradients are None before and after.
+    """
+    model.zero_grad(set_to_none=True)
+    events = _allocations(backward)
+    addresses = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    born = {address: i for i, (address, size) in enumerate(events) if size > 0 and address in addresses}
+    gradients = set(born.values())
+    model.zero_grad(set_to_none=True)
+    return Peaks(
+        total=_largest_sum(size for _, size in events),
+        activations=_largest_sum(size for i, (_, size) in enumerate(events) if i not in gradients),
+    )
+
+
+def _allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
+    """(address, bytes) of every allocation on CPU during ``run()``, bytes negative where memory is freed, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    for event in sorted(
-        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+        run()
+    assert profile.profiler is not None
+    events, stack = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while stack:
+        event = stack.pop()
+        stack += event.children
+        if event.tag.name == "Allocation":
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(events, key=lambda e: e[0])]
+
+
+def _largest_sum(sizes: Iterable[int]) -> int:
+    return max(itertools.accumulate(sizes), default=0)
 
 
 def resident_peak_bytes() -> int:
     """Largest resident set of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_step_bytes(step: Callable[[], object]) -> int | None:
+    """How far the resident set rises during ``step()``; None where the operating system cannot say (it is Linux that can)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back first (glibc)
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        before = _status("VmRSS")
+        step()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def _status(key: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) * 1024
 
 
 @dataclass(frozen=True)

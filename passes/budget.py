@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, GraphModule
@@ -19,6 +19,11 @@ from wtacrs_fx.passes.sites import primals
 
 Partition = tuple[GraphModule, GraphModule]
 
+_REGION = getattr(torch.fx.traceback, "MEMORY_BUDGET_ANNOTATION_KEY", "_region_activation_memory_budget")
+
+MIN_SHARE = 1e-6
+"""For a region's share of 0, which means as little as there can be."""
+
 
 @dataclass(frozen=True)
 class Uncut:
@@ -28,11 +33,12 @@ class Uncut:
     num_fwd_outputs: int
 
 
-def predict(partition: Partition, weights: Collection[str], device: Roofline) -> Prediction:
-    """Peak, time and FLOPs of a partition, from its two graphs."""
+def predict(partition: Partition, weights: Collection[str], device: Roofline, *, reuse: bool = True) -> Prediction:
+    """Peak, time and FLOPs of a partition, from its two graphs. ``reuse``: whether dead buffers are kept for later ones."""
     facts = Facts()
     forward, backward = (
-        module_timeline(g.graph, weights, backward=b, facts=facts) for g, b in zip(partition, (False, True))
+        module_timeline(g.graph, weights, backward=b, facts=facts, reuse=reuse)
+        for g, b in zip(partition, (False, True))
     )
     return Prediction(
         peak=max(forward.peak, backward.activation_peak),
@@ -53,7 +59,12 @@ def roofline_of(graph: Graph) -> Roofline:
 
 
 def make_planner(
-    uncut: Uncut, saved: Collection[str], weights: Collection[str], fixed: Collection[str], device: Roofline
+    uncut: Uncut,
+    saved: Collection[str],
+    weights: Collection[str],
+    fixed: Collection[str],
+    device: Roofline,
+    reuse: bool | None = None,
 ) -> Planner:
     """A planner for a joint graph.
 
@@ -63,6 +74,7 @@ def make_planner(
         weights: names of the parameters and buffers.
         fixed: names of the nodes that are recomputed in any case.
         device: for predicting times.
+        reuse: as for :class:`Planner`.
     """
     weight_nodes = [n for n in primals(uncut.graph) if n.name in weights]
     return Planner(
@@ -73,36 +85,93 @@ def make_planner(
         weight_nodes,
         device,
         [n for n in uncut.graph.nodes if n.name in fixed],
+        reuse,
     )
 
 
-def meet_budget(planner: Planner, exact: Prediction, config: Config) -> Plan:
-    """What to recompute so that ``config.memory_budget`` is met.
+@dataclass(frozen=True)
+class Goal:
+    """What ``memory_budget`` asks for: the fastest plan under a peak (bytes), or the least peak within a time (seconds)."""
+
+    peak: float = math.inf
+    seconds: float = math.inf
+
+    @classmethod
+    def of(cls, config: Config, exact: Prediction) -> "Goal":
+        """Shares are of the exact partition's peak; "auto" is within the exact partition's time."""
+        budget = config.memory_budget
+        assert budget is not None
+        if budget == "auto":
+            return cls(seconds=exact.seconds)
+        return cls(peak=int(budget * exact.peak) if isinstance(budget, float) else parse_bytes(budget))
+
+    def plan(self, planner: Planner) -> Plan | None:
+        """The plan asked for; None if there is none."""
+        if self.peak == math.inf:
+            return planner.least_peak(self.seconds)
+        return planner.keep if planner.keep.peak <= self.peak else planner.fastest(int(self.peak))
+
+    def missed_by(self, reached: "Prediction | Plan") -> float:
+        """By which share of the goal something is above it; not positive where it is met."""
+        return max(reached.peak / self.peak, reached.seconds / self.seconds) - 1
+
+    def tighter(self, by: float) -> "Goal":
+        """A goal lower by a share."""
+        return Goal(self.peak * (1 - by), self.seconds * (1 - by))
+
+
+def take_region_budget(graph: Graph, config: Config) -> Config:
+    """Honour ``torch.autograd.graph.region_activation_memory_budget``: its share takes the place of ``memory_budget`` for a
+    graph that was traced under it, and is planned for the peak. The annotations are removed: PyTorch's partitioner would
+    follow them too, and refuses graphs in which not every node has one.
 
     Raises:
-        BudgetError: the budget is in bytes, and no plan stays below it.
+        ValueError: regions of one graph ask for different shares.
+    """
+    annotated = [n for n in graph.nodes if _REGION in (n.meta.get("custom") or {})]
+    shares = sorted({n.meta["custom"][_REGION] for n in annotated})
+    if len(shares) > 1:
+        raise ValueError(
+            f"region_activation_memory_budget: one graph has regions with {shares}, expected one value; separate them by a "
+            "graph break (torch._dynamo.graph_break())."
+        )
+    for node in annotated:
+        node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != _REGION}
+    if not shares:
+        return config
+    if config.memory_budget not in (None, "auto"):
+        warnings.warn(
+            f"wtacrs: region_activation_memory_budget({shares[0]}) takes the place of memory_budget={config.memory_budget!r} "
+            "for this graph; remove one of the two.",
+            WtacrsWarning,
+            stacklevel=2,
+        )
+    return replace(config, memory_budget=max(shares[0], MIN_SHARE))
+
+
+def report_miss(reached: Plan | Prediction, held: int, exact: Prediction, config: Config, fixed: bool) -> None:
+    """Say that the budget cannot be met, and what holds the memory.
+
+    Args:
+        reached: the least peak.
+        held: bytes held between forward and backward then.
+        exact: prediction for the exact partition.
+        config: with the budget.
+        fixed: whether regions that the user marked leave less to choose; then a plan above the budget is not an error.
+
+    Raises:
+        BudgetError: the budget is in bytes, and nothing but the budget is to blame.
     """
     budget = config.memory_budget
-    if budget == "auto":
-        return planner.least_peak(exact.seconds)
-    assert budget is not None
-    target = int(budget * exact.peak) if isinstance(budget, float) else parse_bytes(budget)
-    plan = planner.keep if planner.keep.peak <= target else planner.fastest(target)
-    if plan is not None:
-        return plan
-    least = planner.least_peak(math.inf)
-    if least.peak <= target:
-        return least
     message = (
-        f"memory_budget={budget!r}: the least peak of activations that this graph can have is {format_bytes(least.peak)} "
-        f"({least.peak / exact.peak:.2f} of the exact partition's {format_bytes(exact.peak)}); {format_bytes(least.held)} of "
+        f"memory_budget={budget!r}: the least peak of activations that this graph can have is {format_bytes(reached.peak)} "
+        f"({reached.peak / exact.peak:.2f} of the exact partition's {format_bytes(exact.peak)}); {format_bytes(held)} of "
         f"it are held between forward and backward, the rest is the working memory of one segment"
-        + (", and regions of torch.utils.checkpoint leave less to choose." if planner.fixed else ".")
+        + (", and regions of torch.utils.checkpoint leave less to choose." if fixed else ".")
     )
-    if not isinstance(budget, float):
+    if not isinstance(budget, float) and not fixed:
         raise BudgetError(f"{message} Raise the budget, or make the batch smaller.")
     warnings.warn(f"wtacrs: {message} This least peak is used.", WtacrsWarning, stacklevel=2)
-    return least
 
 
 def parts(plan: Plan) -> list[Part]:

@@ -8,6 +8,7 @@ it reads alive until its reader has run.
 
 import functools
 import operator
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline, flops
-from wtacrs_fx.passes.kinds import is_tensor
+from wtacrs_fx.passes.kinds import is_tangent, is_tensor
 from wtacrs_fx.passes.policy import hint, is_view, view_base
 from wtacrs_fx.passes.sites import graph_outputs
 
@@ -128,7 +129,7 @@ def timeline(
         returned: view bases that are alive at the end.
         stays: those of ``returned`` that are gradients of parameters.
         facts: about the graph's nodes, from earlier simulations.
-        reuse: whether dead buffers that Inductor keeps for later ones count.
+        reuse: whether dead buffers are kept for later ones (Inductor's ``allow_buffer_reuse``) or freed at once.
     """
     facts = facts or Facts()
     kernels = _kernels(nodes, given, returned, facts)
@@ -150,7 +151,7 @@ def timeline(
     for group, dying in zip(real, dies):
         live += sum(k.size for k in group)
         resident += sum(k.size for k in group if k.node in stays)
-        lives.append(live)
+        lives.append(live if reuse else live - _in_place(group, dying, facts))
         residents.append(resident)
         live -= sum(map(facts.bytes, dying))
     estimate = [a + sum(k.size for k in g if k.internal) for a, g in zip(lives, groups)]
@@ -162,6 +163,15 @@ def timeline(
             result.live.append(a + c)
             result.resident.append(b)
     return result
+
+
+def _in_place(group: Sequence[Kernel], dying: Sequence[Node], facts: Facts) -> int:
+    """Bytes of a fused kernel's outputs that take the memory of an input that is read for the last time there."""
+    if group and group[0].library:
+        return 0
+    free = Counter(_key(n, facts) for n in dying if facts.bytes(n) and not is_tangent(n))
+    made = Counter(_key(k.node, facts) for k in group if k.size)
+    return sum(size * n for (size, _), n in (free & made).items())
 
 
 def _held_for_reuse(
@@ -192,8 +202,8 @@ def _key(node: Node, facts: Facts) -> tuple[int, torch.dtype]:
 
 
 def _fused(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
-    """Kernels that run as one: neighbours that are no library calls. None of their outputs takes the memory of an input: where
-    Inductor does that, it keeps other dead buffers for reuse, up to the peak that it estimates without."""
+    """Kernels that run as one: neighbours that are no library calls. With reuse none of their outputs counts as taking the
+    memory of an input: where Inductor does that, it keeps other dead buffers, up to the peak that it estimates without."""
     groups: list[list[Kernel]] = []
     for kernel in kernels:
         if groups and not kernel.library and not groups[-1][-1].library:
@@ -264,10 +274,12 @@ def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node]) -
     return (len(readers) > 1 and (costly or len(reads) > many)) or len(reads) > 2 * many
 
 
-def module_timeline(graph: Graph, weights: Collection[str], *, backward: bool, facts: Facts) -> Timeline:
+def module_timeline(
+    graph: Graph, weights: Collection[str], *, backward: bool, facts: Facts, reuse: bool = True
+) -> Timeline:
     """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts."""
     outputs = [v for v in graph_outputs(graph) if isinstance(v, Node)]
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     given = {n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights}
     returned = {view_base(n) for n in outputs}
-    return timeline(nodes, given, returned, returned if backward else (), facts)
+    return timeline(nodes, given, returned, returned if backward else (), facts, reuse=reuse)

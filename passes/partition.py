@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.budget import meet_budget
+from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.kinds import is_tangent
 from wtacrs_fx.passes.planner import Plan
 from wtacrs_fx.passes.policy import decide
@@ -46,7 +46,9 @@ def partition(
 
     Raises:
         BudgetError: the memory budget is in bytes and cannot be met.
+        ValueError: regions of one graph ask for different budgets.
     """
+    config = take_region_budget(joint.graph, config)
     cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     if not any(is_tangent(n) for n in joint.graph.nodes):
         return (*cut(joint, num_fwd_outputs), None)
@@ -69,6 +71,7 @@ def explore(
     **kwargs: Any,
 ) -> tuple[Prediction, list[tuple[str, Plan, bool]]]:
     """Plans of least predicted time for a range of peaks: (prediction of the exact partition, [(arm, plan, chosen)])."""
+    config = take_region_budget(joint.graph, config)
     config = replace(config, memory_budget=config.memory_budget or 1.0)  # 1.0: torch's own budget is off, nothing more
     cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     sampled = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
@@ -80,7 +83,7 @@ def explore(
         keep, least = planner.keep, planner.least_peak(math.inf)
         step = (keep.peak - least.peak) / max(1, points - 1)
         plans = [keep, *(planner.fastest(int(keep.peak - i * step)) for i in range(1, points - 1)), least]
-        chosen = meet_budget(planner, work.prediction, config) if work is sampled else None
+        chosen = (Goal.of(config, work.prediction).plan(planner) or least) if work is sampled else None
         distinct = {p.peak: p for p in (*plans, chosen) if p is not None}
         result += [(arm, distinct[p], distinct[p] is chosen) for p in sorted(distinct, reverse=True)]
     return sampled.prediction, result

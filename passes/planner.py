@@ -16,6 +16,7 @@ PyTorch's knapsack solvers do not fit: they bound the sum of all bytes held, not
 """
 
 import functools
+import math
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ STATES = 256
 SIMULATIONS = 6
 """Combinations that are simulated at most for one target. The dynamic program's sums are not the simulation: where a
 combination misses the target, the next one aims lower by as much."""
+
+TARGETS = 20
+"""How many peaks, evenly spaced below that of keeping everything, are planned for."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Plan:
 
     @property
     def recomputed(self) -> frozenset[Node]:
+        """Nodes that the backward computes again."""
         return frozenset().union(*(c.recomputed for c in self.choices))
 
     @property
@@ -99,6 +104,7 @@ class Planner:
         weights: placeholders that are in memory anyway.
         roofline: of the device.
         fixed: nodes that are recomputed in every plan (regions that the user marked).
+        reuse: whether the compiler will keep dead buffers for later ones; None: only in plans that recompute nothing.
     """
 
     def __init__(
@@ -110,9 +116,10 @@ class Planner:
         weights: Collection[Node],
         roofline: Roofline,
         fixed: Collection[Node] = (),
+        reuse: bool | None = None,
     ) -> None:
         self.graph, self.num_fwd_outputs, self.segments, self.roofline = graph, num_fwd_outputs, segments, roofline
-        self.weights, self.fixed = set(weights), set(fixed)
+        self.weights, self.fixed, self.reuse = set(weights), set(fixed), reuse
         self.saved = {view_base(n) for n in saved}
         self.forward = forward_nodes(graph, num_fwd_outputs)
         outputs = graph_outputs(graph)
@@ -120,10 +127,11 @@ class Planner:
         self.gradients = {view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)}
         self.facts = Facts()
         self._tables: dict[int, Table] = {}
+        self._pool: list[Plan] = []
 
     def simulate(self, choices: Sequence[Choice]) -> Plan:
         """Predicted peak, time and held bytes of a combination."""
-        line, given, again = self._run(choices)
+        line, given, again = self._run(choices, self.reuse)
         forward = timeline(self.forward, (), self.outputs | given, facts=self.facts)
         seconds = line.seconds(self.roofline, self.facts) + forward.seconds(self.roofline, self.facts)
         held = sum(map(self.facts.bytes, given))
@@ -136,41 +144,43 @@ class Planner:
 
     def fastest(self, peak: int) -> Plan | None:
         """The plan of least predicted time whose predicted peak is at most ``peak`` bytes; None if none was found."""
+        plans = self._plans()
+        self._search(peak)
+        return min((p for p in plans if p.peak <= peak), key=lambda p: (p.seconds, p.peak), default=None)
+
+    def least_peak(self, seconds: float) -> Plan:
+        """The plan of least predicted peak whose predicted time is at most ``seconds`` (nothing recomputed if none is)."""
+        return min(
+            (p for p in self._plans() if p.seconds <= seconds), key=lambda p: (p.peak, p.seconds), default=self.keep
+        )
+
+    def _plans(self) -> list[Plan]:
+        """Plans that were simulated: at first those of a range of targets, so that a plan found for a tighter one is not
+        missed for a looser one."""
+        if not self._pool:
+            self._pool.append(self.keep)
+            for i in range(1, TARGETS):
+                self._search(int(self.keep.peak * (1 - i / TARGETS)))
+        return self._pool
+
+    def _search(self, peak: int) -> None:
+        """Simulate the fastest combinations for a peak, of every granularity, and add them to the pool."""
         targets = {size: peak for size in SIZES if size == 1 or size < len(self.segments)}
         found = {size: self._combine(self.table(size), target) for size, target in targets.items()}
-        best: Plan | None = None
+        best = math.inf
         for _ in range(SIMULATIONS):
-            open_ = {
-                s: f
-                for s, f in found.items()
-                if f is not None and (best is None or f[0] < best.seconds - self.keep.seconds)
-            }
+            open_ = {s: f for s, f in found.items() if f is not None and self.keep.seconds + f[0] < best}
             if not open_:
                 break
             size = min(open_, key=lambda s: open_[s][0])
             plan = self.simulate(open_[size][1])
+            self._pool.append(plan)
             if plan.peak <= peak:
-                if best is None or plan.seconds < best.seconds:
-                    best = plan
+                best = min(best, plan.seconds)
                 found[size] = None
             else:
                 targets[size] -= plan.peak - peak
                 found[size] = self._combine(self.table(size), targets[size])
-        return best
-
-    def least_peak(self, seconds: float, tolerance: float = 0.01) -> Plan:
-        """The plan of least predicted peak whose predicted time is at most ``seconds`` (nothing recomputed if none is)."""
-        best = self.keep
-        step = int(tolerance * best.peak)
-        low, high = 0, best.peak
-        while high - low > step:
-            middle = (low + high) // 2
-            plan = self.fastest(middle)
-            if plan is not None and plan.seconds <= seconds:
-                best, high = plan, plan.peak
-            else:
-                low = middle
-        return best
 
     def choices(self, segment: Segment) -> list[Choice]:
         """Keep; recompute all; recompute all but the tensors that save most time per byte, one kind more at a time."""
@@ -215,8 +225,10 @@ class Planner:
             self._tables[size] = table
         return self._tables[size]
 
-    def _run(self, choices: Sequence[Choice], *, reuse: bool = True) -> tuple[Timeline, set[Node], set[Node]]:
+    def _run(self, choices: Sequence[Choice], reuse: bool | None = None) -> tuple[Timeline, set[Node], set[Node]]:
         """Timeline of the backward, tensors held for it, and nodes that it computes again."""
+        if reuse is None:
+            reuse = not any(c.recomputed for c in choices)
         recomputed = self.fixed.union(*(c.recomputed for c in choices))
         kept = {view_base(n) for c in choices for n in c.kept}
         saved = (self.saved - recomputed) | _handed_on(choices) | kept
@@ -226,7 +238,7 @@ class Planner:
         return line, given, set(backward.nodes).intersection(self.forward)
 
     def _costs(self, choices: Sequence[Choice]) -> list[Costs]:
-        line, given, again = self._run(choices, reuse=False)  # what is kept for reuse fills up room that there is
+        line, given, again = self._run(choices, False)  # what is kept for reuse fills up room that there is
         owner = {n: i for i, c in enumerate(choices) for n in c.segment.nodes}
         handed_on = {b for c in choices for b in c.segment.handed_on}
         held, working, seconds = [0] * len(choices), [0] * len(choices), [0.0] * len(choices)

@@ -1,6 +1,8 @@
 """One joint graph on its way to a partition: what was found in it, the best cut so far, and the next attempt."""
 
+import copy
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,9 +14,9 @@ from torch.fx import Graph, GraphModule, Node
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
-from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.account import build_ledger, saved_bytes
-from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, meet_budget, parts, predict, roofline_of
+from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.planner import Plan, Planner
@@ -23,6 +25,9 @@ from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regio
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs, primals
+
+REPLANS = 3
+"""How often the recomputation is planned at most where a finished partition misses the budget."""
 
 
 @dataclass
@@ -94,13 +99,43 @@ class Work:
         return any(kind is Kind.GRADIENT and node.target in CONTRACTIONS for node, kind in self.kinds.items())
 
     def run(self) -> None:
-        """Cut with everything late; decide on recomputation; settle; retreat."""
+        """Cut with everything late; decide on recomputation; settle."""
         budget = self.config.memory_budget is not None
         if not (budget or self.users or any(d.action is not Action.EXACT for d in self.plan)):
             return
         self.first_cut()
         if budget:
-            self._recompute(meet_budget(self.planner(), self.prediction, self.config))
+            self._meet_budget()
+        else:
+            self._settle()
+        check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
+
+    def _meet_budget(self) -> None:
+        """Plan what is recomputed, cut, and look at the result, to which settled sites and the cut itself have added. Where
+        it misses the budget, plan again for as much less."""
+        planner, goal = self.planner(), Goal.of(self.config, self.prediction)
+        least = planner.least_peak(math.inf)
+        if goal.plan(planner) is None:
+            report_miss(least, least.held, self.prediction, self.config, bool(self.users))
+        aim, tried = goal, []
+        for _ in range(REPLANS):
+            work = copy.copy(self)
+            work._recompute(aim.plan(planner) or least)
+            work._settle()
+            tried.append((goal.missed_by(work.predicted()), work))
+            if tried[-1][0] <= 0 or work.recomputation is least:
+                break
+            aim = aim.tighter(tried[-1][0])
+        missed, work = min(tried, key=lambda t: t[0])
+        vars(self).update(vars(work))
+        if missed > 0 and goal.peak < math.inf and goal.plan(planner) is not None:
+            held = saved_bytes(self.best[0], self.num_fwd_outputs, self.weights)
+            report_miss(
+                predict(self.best, self.weights, self.device), held, self.prediction, self.config, bool(self.users)
+            )
+
+    def _settle(self) -> None:
+        """Revise the sites in the light of the last cut, and cut again as often as that changes something."""
         needed = needed_whole(self.plan, self.kinds) | self.starts
         revised, changed = settle(self.plan, self._saved(), needed, self.config, self.recomputed)
         if self.recomputed != self.users:
@@ -109,7 +144,6 @@ class Work:
         else:
             self._improve(revised, changed)
         self._improve(*retreat(self.plan, {n.name for n in self.best[1].graph.nodes}, self.config))
-        check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
 
     def first_cut(self) -> None:
         """Sample as first decided, and cut."""
@@ -119,7 +153,14 @@ class Work:
         """For recomputation on top of the first cut."""
         assert self.uncut is not None
         saved = {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
-        return make_planner(self.uncut, saved, self.weights, {n.name for n in self.users}, self.device)
+        users = {n.name for n in self.users}
+        return make_planner(self.uncut, saved, self.weights, users, self.device, self.config.reuse)
+
+    def predicted(self) -> Prediction:
+        """Of the best partition so far."""
+        planned = self.recomputation is not None and bool(self.recomputation.recomputed)
+        reuse = not planned if self.config.reuse is None else self.config.reuse
+        return predict(self.best, self.weights, self.device, reuse=reuse)
 
     def _recompute(self, plan: Plan) -> None:
         by_name = {n.name: n for n in self.joint.graph.nodes}
@@ -133,7 +174,7 @@ class Work:
         return replace(
             ledger,
             predicted_exact=self.prediction,
-            predicted=predict(self.best, self.weights, self.device),
+            predicted=self.predicted(),
             parts=tuple(parts(self.recomputation)) if self.recomputation else (),
         )
 

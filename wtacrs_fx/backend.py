@@ -47,11 +47,16 @@ class Partitioner(CustomPartitionerFn):
     def __init__(self, config: Config, names: Sequence[str | None] = ()) -> None:
         self.config, self.names = config, tuple(names)
         self.ledgers: list[Ledger] = []
+        self.inductor: dict[str, Any] = {}
+        """Inductor's options that the last partition asks for."""
 
     def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         forward, backward, ledger = partition(gm, joint_inputs, config=self.config, names=self.names, **kwargs)
         if ledger is not None:
             self.publish(ledger)
+        # Dead buffers that Inductor keeps for later ones would be alive while other segments are computed again.
+        recomputes = ledger is not None and any(p.decision == "recompute" for p in ledger.parts)
+        self.inductor = {"allow_buffer_reuse": False} if recomputes and self.config.reuse is None else {}
         return forward, backward
 
     def publish(self, ledger: Ledger) -> None:
@@ -143,11 +148,17 @@ def compile_inductor(
     gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def compile_graph(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        """Of the forward or the backward, once the partitioner has run."""
+        with torch._inductor.config.patch(partition_fn.inductor):
+            return compile_fx_inner(graph, inputs, **kwargs)
 
     # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
     patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
-    compiled: Any = compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": partition_fn})
+    patches = {**patches, "custom_partitioner_fn": partition_fn}
+    compiled: Any = compile_fx(gm, example_inputs, compile_graph, config_patches=patches)
     return compiled
 
 

@@ -1,0 +1,208 @@
+"""Measured peak of activations against step time: eager, Inductor, checkpointing, micro-batches and wtacrs.
+
+    python -m wtacrs_fx.benchmarks.frontier --families bert llama --layers 6 --batch-size 16 --out benchmarks/results
+    python -m wtacrs_fx.benchmarks.frontier --render benchmarks/results
+
+All arms of a configuration share their parameters and are timed alternately in one process; compare medians. Every
+configuration becomes a JSON file under ``frontier/``; the table and the plot are made from all files there. CPU only.
+
+Gradients are compared for one seed. Those of biases, normalisations and embeddings are exact in every arm of wtacrs, so
+they prove that the backward has seen the dropout masks of the forward.
+"""
+
+import argparse
+import copy
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from wtacrs_fx import Backend
+from wtacrs_fx.benchmarks import frontier_report, measure
+from wtacrs_fx.benchmarks.families import FAMILIES, Batch
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    name: str
+    backend: Any = "inductor"
+    """None: eager."""
+    torch_budget: float = 1.0
+    """PyTorch's ``activation_memory_budget``."""
+    checkpoint: bool = False
+    """Whether transformers' gradient checkpointing is on, per block."""
+    micro: int = 1
+    """In how many micro-batches the batch is cut; their gradients are accumulated."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it draws the dropout masks of Inductor's default."""
+        return self.backend is not None and not self.checkpoint and self.micro == 1
+
+    def build(self, model: nn.Module, batch: Batch) -> "Trained":
+        """A twin of the model that shares its parameters, compiled for this arm."""
+        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        if self.checkpoint:
+            enable: Any = getattr(twin, "activation_checkpointing_enable", twin.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        backend = self._inductor if self.backend == "inductor" else self.backend
+        call = twin if backend is None else torch.compile(twin, backend=backend, dynamic=False)
+        parts = [dict(zip(batch, p)) for p in zip(*(v.chunk(self.micro) for v in batch.values()))]
+        return Trained(twin, call, parts)
+
+    def _inductor(self, gm: GraphModule, inputs: Sequence[Any]) -> Any:
+        """Inductor, as a backend of this arm's own: Dynamo would take the compiled code of another arm for a twin."""
+        with torch._functorch.config.patch(activation_memory_budget=self.torch_budget):
+            return compile_fx(gm, inputs)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and its (micro-)batches."""
+
+    model: nn.Module
+    call: Callable[..., Any]
+    parts: Sequence[Batch]
+
+    def loss(self) -> Tensor:
+        """Of the first micro-batch."""
+        return self.call(**self.parts[0]).loss / len(self.parts)
+
+    def backward(self) -> None:
+        """Forward and backward of all micro-batches."""
+        for part in self.parts:
+            (self.call(**part).loss / len(self.parts)).backward()
+
+    def step(self) -> None:
+        """The same, and the gradients thrown away."""
+        self.backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def memory(self) -> dict[str, int | None]:
+        """Bytes, after one step that compiles. Held bytes and peak of activations are those of one micro-batch."""
+        self.step()
+        with measure.held(self.model) as held:
+            loss = self.loss()
+        held_bytes = held.bytes
+        del loss
+        peaks = measure.peaks(lambda: self.loss().backward(), self.model)
+        return {
+            "held_bytes": held_bytes,
+            "activation_peak_bytes": peaks.activations,
+            "peak_bytes": measure.peak_bytes(self.step) if len(self.parts) > 1 else peaks.total,
+            "resident_bytes": measure.resident_step_bytes(self.step),
+        }
+
+    def gradients(self) -> dict[str, Tensor]:
+        """For one seed."""
+        torch.manual_seed(1)
+        self.backward()
+        result = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.3, 0.1])
+    parser.add_argument("--budgets", nargs="+", default=["none", "0.5", "0.3", "auto"], help="memory_budget")
+    parser.add_argument(
+        "--only", default=".*", help="arms whose name matches this pattern; the default is always there"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--render", type=Path, help="measure nothing; write table and plot of this folder again")
+    args = parser.parse_args()
+    for family in [] if args.render else args.families:
+        torch._dynamo.reset()
+        result = measure_family(family, args)
+        folder = args.out / "frontier"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{family}_{args.layers}_{args.batch_size}x{args.length}.json"
+        (folder / name).write_text(json.dumps(result, indent=1) + "\n")
+    print(frontier_report.write(args.render or args.out))
+
+
+def arms(args: argparse.Namespace) -> list[Arm]:
+    """Inductor's default first."""
+    found = [
+        Arm("eager", None),
+        Arm("eager + checkpoint", None, checkpoint=True),
+        *(Arm(f"inductor budget {b}", torch_budget=b) for b in (0.7, 0.5, 0.3, 0.1)),
+        Arm("inductor + checkpoint", checkpoint=True),
+        *(Arm(f"inductor, {m} micro-batches", micro=m) for m in (2, 4, 8)),
+    ]
+    for ratio in args.ratios:
+        for text in args.budgets:
+            budget = None if text == "none" else float(text) if text[0].isdigit() and text[-1].isdigit() else text
+            found.append(Arm(f"wtacrs {ratio:g} budget {text}", Backend(ratio=ratio, memory_budget=budget)))
+    return [Arm("inductor"), *(a for a in found if re.search(args.only, a.name))]
+
+
+def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
+    """All arms of one model: memory and gradients first, arm by arm, then times side by side."""
+    torch.manual_seed(0)
+    model, batch = FAMILIES[family](args.layers, args.batch_size, args.length)
+    model.train()
+    config: Any = model.config
+    hidden = config.d_model if family == "t5" else config.hidden_size
+    results: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], None]] = {}
+    reference: dict[str, Tensor] = {}
+    chosen = arms(args)
+    with torch._dynamo.config.patch(recompile_limit=4 * len(chosen), accumulated_recompile_limit=10_000):
+        for arm in chosen:
+            print(f"{family}: {arm.name}", flush=True)
+            try:
+                trained = arm.build(model, batch)
+                results[arm.name] = trained.memory()
+                if arm.comparable:
+                    grads = trained.gradients()
+                    reference = reference or grads
+                    results[arm.name] |= errors(grads, reference)
+            except Exception as error:
+                results[arm.name] = {"error": str(error).strip().splitlines()[0][:200]}
+                continue
+            if isinstance(arm.backend, Backend):
+                results[arm.name]["predicted"] = vars(arm.backend.ledger.predicted)
+            steps[arm.name] = trained.step
+        print(f"{family}: times", flush=True)
+        for name, times in measure.alternate(steps, args.repeats, warmup=1).items():
+            results[name] |= {"seconds": times.seconds, "median": times.median}
+    return {
+        "family": family,
+        "layers": args.layers,
+        "batch_size": args.batch_size,
+        "length": args.length,
+        "unit_bytes": args.batch_size * args.length * hidden * 4,
+        "environment": measure.environment(),
+        "arms": results,
+    }
+
+
+def errors(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative squared errors ``|G' - G|^2 / |G|^2``: median over matrices inside layers, largest over all vectors."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for name, g in exact.items():
+        if g.dim() == 1 or re.search(r"layer|block|\.h\.", name):
+            error = (grads[name] - g).square().sum() / g.square().sum().clamp(min=1e-30)
+            found[min(g.dim(), 2)].append(float(error))
+    return {"matrix_error": statistics.median(found[2]), "vector_error": max(found[1])}
+
+
+if __name__ == "__main__":
+    main()

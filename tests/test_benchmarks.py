@@ -1,0 +1,115 @@
+"""What the benchmarks compute from their measurements, and that the frontier benchmark runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from wtacrs_fx.benchmarks import frontier_report, measure
+from wtacrs_fx.benchmarks.frontier import errors
+
+
+def arm(peak: int, median: float, **more) -> dict:
+    memory = {f"{key}_bytes": peak for key in ("held", "activation_peak", "peak", "resident")}
+    return {**memory, "median": median, **more}
+
+
+ARMS = {
+    "inductor": arm(100, 1.0),
+    "inductor, 2 micro-batches": arm(50, 1.1),
+    "inductor, 8 micro-batches": arm(12, 1.5),
+    "inductor + checkpoint": {"error": "Cannot access data pointer"},
+    "wtacrs 0.3 budget none": arm(70, 0.8, predicted={"peak": 63}),
+    "wtacrs 0.3 budget auto": arm(20, 0.99, predicted={"peak": 20}),
+}
+RESULT = {
+    "family": "bert", "layers": 2, "batch_size": 4, "length": 8, "unit_bytes": 10, "environment": {"torch": "x"},
+    "arms": ARMS,
+}  # fmt: skip
+
+
+def test_verdicts():
+    lines = frontier_report.verdicts(ARMS)
+    assert lines[0].startswith(
+        "step at most 1 of Inductor's, wtacrs: wtacrs 0.3 budget auto, act. peak 5.0 times lower"
+    )
+    assert lines[1].startswith("step at most 1 of Inductor's, others: inductor, act. peak 1.0 times lower")
+    assert "wtacrs 0.3 budget none, act. peak 1.4 times" in lines[2]
+    assert lines[3].endswith("others: none")
+    assert lines[4].endswith("in both: inductor, 8 micro-batches")  # 12 bytes: no other arm has as little
+
+
+def test_report_shows_failed_arms_and_predictions(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "frontier").mkdir()
+    (tmp_path / "frontier" / "bert.json").write_text(json.dumps(RESULT))
+    text = frontier_report.write(tmp_path)
+    assert "failed: Cannot access data pointer" in text
+    assert "| 0.90" in text  # predicted 63 of 70
+    assert (tmp_path / "frontier.md").read_text() == text
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_report_without_results_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--families"):
+        frontier_report.write(tmp_path)
+
+
+def test_errors_tell_matrices_of_layers_from_vectors():
+    exact = {"layer.0.weight": torch.ones(2, 2), "layer.0.bias": torch.ones(2), "head.weight": torch.ones(2, 2)}
+    grads = {"layer.0.weight": 1.5 * torch.ones(2, 2), "layer.0.bias": torch.ones(2), "head.weight": torch.zeros(2, 2)}
+    assert errors(grads, exact) == {"matrix_error": 0.25, "vector_error": 0.0}
+
+
+def test_peaks_leave_out_gradients_once_they_are_alive():
+    model = nn.Linear(256, 1024, bias=False)  # the gradient has 1 MiB
+    x = torch.randn(8, 256)
+
+    def backward() -> None:
+        model(x).square().sum().backward()
+
+    backward()
+    peaks = measure.peaks(backward, model)
+    assert 2**20 <= peaks.total < 1.3 * 2**20
+    assert 2 * 8 * 1024 * 4 <= peaks.activations < 0.2 * 2**20
+    assert model.weight.grad is None
+
+
+def test_resident_rise():
+    size = 2**26
+    rise = measure.resident_step_bytes(lambda: torch.ones(size, dtype=torch.uint8))
+    if rise is None:
+        pytest.skip("this operating system does not tell")
+    assert 0.9 * size < rise < 2 * size
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    options = "--families bert --layers 1 --batch-size 4 --length 32 --repeats 2 --ratios 0.3 --budgets none 0.9"
+    command = [
+        sys.executable,
+        "-m",
+        "wtacrs_fx.benchmarks.frontier",
+        *options.split(),
+        "--only",
+        "eager$|2 micro|wtacrs",
+    ]
+    out = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    arms = json.loads((tmp_path / "frontier" / "bert_1_4x32.json").read_text())["arms"]
+    assert list(arms) == [
+        "inductor",
+        "eager",
+        "inductor, 2 micro-batches",
+        "wtacrs 0.3 budget none",
+        "wtacrs 0.3 budget 0.9",
+    ]
+    for name, result in arms.items():
+        assert "error" not in result, (name, result)
+        assert result["median"] > 0
+        assert result["held_bytes"] <= result["peak_bytes"]
+    assert arms["inductor, 2 micro-batches"]["held_bytes"] < 0.7 * arms["inductor"]["held_bytes"]
+    assert arms["wtacrs 0.3 budget none"]["vector_error"] < 1e-8
