@@ -120,6 +120,7 @@ def timeline(
     facts: Facts | None = None,
     *,
     reuse: bool = True,
+    pinned: Collection[Node] = (),
 ) -> Timeline:
     """Simulate a graph.
 
@@ -130,6 +131,7 @@ def timeline(
         stays: those of ``returned`` that are gradients of parameters.
         facts: about the graph's nodes, from earlier simulations.
         reuse: whether dead buffers are kept for later ones (Inductor's ``allow_buffer_reuse``) or freed at once.
+        pinned: those of ``given`` whose memory no result may take, because the caller holds them too.
     """
     facts = facts or Facts()
     kernels = _kernels(nodes, given, returned, facts)
@@ -151,7 +153,7 @@ def timeline(
     for group, dying in zip(real, dies):
         live += sum(k.size for k in group)
         resident += sum(k.size for k in group if k.node in stays)
-        lives.append(live if reuse else live - _in_place(group, dying, facts))
+        lives.append(live if reuse else live - _in_place(group, set(dying).difference(pinned), facts))
         residents.append(resident)
         live -= sum(map(facts.bytes, dying))
     estimate = [a + sum(k.size for k in g if k.internal) for a, g in zip(lives, groups)]
@@ -165,13 +167,21 @@ def timeline(
     return result
 
 
-def _in_place(group: Sequence[Kernel], dying: Sequence[Node], facts: Facts) -> int:
-    """Bytes of a fused kernel's outputs that take the memory of an input that is read for the last time there."""
+def _in_place(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) -> int:
+    """Bytes of a fused kernel's outputs that take the memory of an input that is read there for the last time, and by no
+    other output but reductions."""
     if group and group[0].library:
         return 0
-    free = Counter(_key(n, facts) for n in dying if facts.bytes(n) and not is_tangent(n))
-    made = Counter(_key(k.node, facts) for k in group if k.size)
-    return sum(size * n for (size, _), n in (free & made).items())
+    outputs = [k for k in group if k.size and k.node.target not in _REDUCTIONS]
+    readers = Counter(base for k in outputs for base in k.reads)
+    free = {n for n in dying if readers[n] == 1}
+    taken = 0
+    for kernel in outputs:
+        base = next((n for n in kernel.reads & free if _key(n, facts) == _key(kernel.node, facts)), None)
+        if base is not None:
+            free.remove(base)
+            taken += kernel.size
+    return taken
 
 
 def _held_for_reuse(
@@ -275,11 +285,19 @@ def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node]) -
 
 
 def module_timeline(
-    graph: Graph, weights: Collection[str], *, backward: bool, facts: Facts, reuse: bool = True
+    graph: Graph,
+    weights: Collection[str],
+    *,
+    backward: bool,
+    facts: Facts,
+    reuse: bool = True,
+    pinned: Collection[str] = (),
 ) -> Timeline:
-    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts."""
+    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts.
+    ``pinned``: names of saved tensors that are also results of the model."""
     outputs = [v for v in graph_outputs(graph) if isinstance(v, Node)]
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     given = {n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights}
+    held = {n for n in given if is_tangent(n) or n.name in pinned}
     returned = {view_base(n) for n in outputs}
-    return timeline(nodes, given, returned, returned if backward else (), facts, reuse=reuse)
+    return timeline(nodes, given, returned, returned if backward else (), facts, reuse=reuse, pinned=held)

@@ -91,7 +91,7 @@ class Work:
     def __post_init__(self) -> None:
         self.best = self.exact
         self.device = roofline_of(self.joint.graph)
-        self.prediction = predict(self.exact, self.weights, self.device)
+        self.prediction = predict(self.exact, self.num_fwd_outputs, self.weights, self.device)
 
     @property
     def has_products(self) -> bool:
@@ -131,7 +131,11 @@ class Work:
         if missed > 0 and goal.peak < math.inf and goal.plan(planner) is not None:
             held = saved_bytes(self.best[0], self.num_fwd_outputs, self.weights)
             report_miss(
-                predict(self.best, self.weights, self.device), held, self.prediction, self.config, bool(self.users)
+                predict(self.best, self.num_fwd_outputs, self.weights, self.device),
+                held,
+                self.prediction,
+                self.config,
+                bool(self.users),
             )
 
     def _settle(self) -> None:
@@ -160,7 +164,7 @@ class Work:
         """Of the best partition so far."""
         planned = self.recomputation is not None and bool(self.recomputation.recomputed)
         reuse = not planned if self.config.reuse is None else self.config.reuse
-        return predict(self.best, self.weights, self.device, reuse=reuse)
+        return predict(self.best, self.num_fwd_outputs, self.weights, self.device, reuse=reuse)
 
     def _recompute(self, plan: Plan) -> None:
         by_name = {n.name: n for n in self.joint.graph.nodes}
