@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from wtacrs_fx.config import Config, parse_bytes
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
@@ -14,9 +14,8 @@ from wtacrs_fx.ledger import Part, Prediction, format_bytes
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
 from wtacrs_fx.passes.liveness import Facts, module_timeline
 from wtacrs_fx.passes.planner import Plan, Planner
-from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.segments import find_segments
-from wtacrs_fx.passes.sites import graph_outputs, primals
+from wtacrs_fx.passes.sites import primals
 
 Partition = tuple[GraphModule, GraphModule]
 
@@ -34,15 +33,11 @@ class Uncut:
     num_fwd_outputs: int
 
 
-def predict(
-    partition: Partition, num_fwd_outputs: int, weights: Collection[str], device: Roofline, *, reuse: bool = True
-) -> Prediction:
+def predict(partition: Partition, weights: Collection[str], device: Roofline, *, reuse: bool = True) -> Prediction:
     """Peak, time and FLOPs of a partition, from its two graphs. ``reuse``: whether dead buffers are kept for later ones."""
     facts = Facts()
-    results = graph_outputs(partition[0].graph)[:num_fwd_outputs]
-    pinned = {n.name for v in results if isinstance(v, Node) for n in (v, view_base(v))}
     forward, backward = (
-        module_timeline(g.graph, weights, backward=b, facts=facts, reuse=reuse, pinned=pinned)
+        module_timeline(g.graph, weights, backward=b, facts=facts, reuse=reuse)
         for g, b in zip(partition, (False, True))
     )
     return Prediction(

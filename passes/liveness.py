@@ -8,7 +8,6 @@ it reads alive until its reader has run.
 
 import functools
 import operator
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline, flops
-from wtacrs_fx.passes.kinds import is_tangent, is_tensor
+from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import hint, is_view, view_base
 from wtacrs_fx.passes.sites import graph_outputs
 
@@ -120,7 +119,6 @@ def timeline(
     facts: Facts | None = None,
     *,
     reuse: bool = True,
-    pinned: Collection[Node] = (),
 ) -> Timeline:
     """Simulate a graph.
 
@@ -131,7 +129,6 @@ def timeline(
         stays: those of ``returned`` that are gradients of parameters.
         facts: about the graph's nodes, from earlier simulations.
         reuse: whether dead buffers are kept for later ones (Inductor's ``allow_buffer_reuse``) or freed at once.
-        pinned: those of ``given`` whose memory no result may take, because the caller holds them too.
     """
     facts = facts or Facts()
     kernels = _kernels(nodes, given, returned, facts)
@@ -153,7 +150,7 @@ def timeline(
     for group, dying in zip(real, dies):
         live += sum(k.size for k in group)
         resident += sum(k.size for k in group if k.node in stays)
-        lives.append(live if reuse else live - _in_place(group, set(dying).difference(pinned), facts))
+        lives.append(live)
         residents.append(resident)
         live -= sum(map(facts.bytes, dying))
     estimate = [a + sum(k.size for k in g if k.internal) for a, g in zip(lives, groups)]
@@ -165,23 +162,6 @@ def timeline(
             result.live.append(a + c)
             result.resident.append(b)
     return result
-
-
-def _in_place(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) -> int:
-    """Bytes of a fused kernel's outputs that take the memory of an input that is read there for the last time, and by no
-    other output but reductions."""
-    if group and group[0].library:
-        return 0
-    outputs = [k for k in group if k.size and k.node.target not in _REDUCTIONS]
-    readers = Counter(base for k in outputs for base in k.reads)
-    free = {n for n in dying if readers[n] == 1}
-    taken = 0
-    for kernel in outputs:
-        base = next((n for n in kernel.reads & free if _key(n, facts) == _key(kernel.node, facts)), None)
-        if base is not None:
-            free.remove(base)
-            taken += kernel.size
-    return taken
 
 
 def _held_for_reuse(
@@ -212,8 +192,9 @@ def _key(node: Node, facts: Facts) -> tuple[int, torch.dtype]:
 
 
 def _fused(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
-    """Kernels that run as one: neighbours that are no library calls. With reuse none of their outputs counts as taking the
-    memory of an input: where Inductor does that, it keeps other dead buffers, up to the peak that it estimates without."""
+    """Kernels that run as one: neighbours that are no library calls. None of their outputs counts as taking the memory of
+    an input: where Inductor does that, it keeps other dead buffers for reuse up to the peak that it estimates without, and
+    without reuse it fuses with more than neighbours, which keeps about as much alive."""
     groups: list[list[Kernel]] = []
     for kernel in kernels:
         if groups and not kernel.library and not groups[-1][-1].library:
@@ -285,19 +266,11 @@ def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node]) -
 
 
 def module_timeline(
-    graph: Graph,
-    weights: Collection[str],
-    *,
-    backward: bool,
-    facts: Facts,
-    reuse: bool = True,
-    pinned: Collection[str] = (),
+    graph: Graph, weights: Collection[str], *, backward: bool, facts: Facts, reuse: bool = True
 ) -> Timeline:
-    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts.
-    ``pinned``: names of saved tensors that are also results of the model."""
+    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts."""
     outputs = [v for v in graph_outputs(graph) if isinstance(v, Node)]
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     given = {n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights}
-    held = {n for n in given if is_tangent(n) or n.name in pinned}
     returned = {view_base(n) for n in outputs}
-    return timeline(nodes, given, returned, returned if backward else (), facts, reuse=reuse, pinned=held)
+    return timeline(nodes, given, returned, returned if backward else (), facts, reuse=reuse)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline
-from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tangent, is_tensor
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tensor
 from wtacrs_fx.passes.liveness import Facts, Timeline, timeline
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import schedule_backward
@@ -125,7 +125,6 @@ class Planner:
         outputs = graph_outputs(graph)
         self.outputs = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
         self.gradients = {view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)}
-        self.pinned = self.outputs | {n for n in graph.find_nodes(op="placeholder") if is_tangent(n)}
         self.facts = Facts()
         self._tables: dict[int, Table] = {}
         self._pool: list[Plan] = []
@@ -235,9 +234,7 @@ class Planner:
         saved = (self.saved - recomputed) | _handed_on(choices) | kept
         backward = schedule_backward(self.graph, self.num_fwd_outputs, saved)
         given = set(backward.reads - self.weights)
-        line = timeline(
-            backward.nodes, given, self.gradients, self.gradients, self.facts, reuse=reuse, pinned=self.pinned
-        )
+        line = timeline(backward.nodes, given, self.gradients, self.gradients, self.facts, reuse=reuse)
         return line, given, set(backward.nodes).intersection(self.forward)
 
     def _costs(self, choices: Sequence[Choice]) -> list[Costs]:

@@ -25,6 +25,7 @@ from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regio
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs, primals
+from wtacrs_fx.passes.unfold import unfold_late_sums
 
 REPLANS = 3
 """How often the recomputation is planned at most where a finished partition misses the budget."""
@@ -91,7 +92,7 @@ class Work:
     def __post_init__(self) -> None:
         self.best = self.exact
         self.device = roofline_of(self.joint.graph)
-        self.prediction = predict(self.exact, self.num_fwd_outputs, self.weights, self.device)
+        self.prediction = predict(self.exact, self.weights, self.device)
 
     @property
     def has_products(self) -> bool:
@@ -131,7 +132,7 @@ class Work:
         if missed > 0 and goal.peak < math.inf and goal.plan(planner) is not None:
             held = saved_bytes(self.best[0], self.num_fwd_outputs, self.weights)
             report_miss(
-                predict(self.best, self.num_fwd_outputs, self.weights, self.device),
+                self.predicted(),
                 held,
                 self.prediction,
                 self.config,
@@ -164,7 +165,7 @@ class Work:
         """Of the best partition so far."""
         planned = self.recomputation is not None and bool(self.recomputation.recomputed)
         reuse = not planned if self.config.reuse is None else self.config.reuse
-        return predict(self.best, self.num_fwd_outputs, self.weights, self.device, reuse=reuse)
+        return predict(self.best, self.weights, self.device, reuse=reuse)
 
     def _recompute(self, plan: Plan) -> None:
         by_name = {n.name: n for n in self.joint.graph.nodes}
@@ -206,6 +207,8 @@ class Work:
         uncut = Uncut(module.graph, outputs)
         forward, backward = self.cut(module, outputs, cse=not copies)
         severed.join(forward, self.num_fwd_outputs)
+        if unfold_late_sums(backward.graph):
+            backward.recompile()
         return (forward, backward), done, uncut
 
 

@@ -56,7 +56,7 @@ class Partitioner(CustomPartitionerFn):
             self.publish(ledger)
         # Dead buffers that Inductor keeps for later ones would be alive while other segments are computed again.
         recomputes = ledger is not None and any(p.decision == "recompute" for p in ledger.parts)
-        self.inductor = {"allow_buffer_reuse": False} if recomputes and self.config.reuse is None else {}
+        self.inductor = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False} if recomputes else {}
         return forward, backward
 
     def publish(self, ledger: Ledger) -> None:
