@@ -65,6 +65,9 @@ class Costs:
     seconds: float
 
 
+Run = tuple[Timeline, set[Node], set[Node]]
+"""Timeline of the backward, tensors held for it, and nodes that it computes again."""
+
 Table = list[list[tuple[Choice, Costs]]]
 """Per segment its choices and their costs."""
 
@@ -131,7 +134,10 @@ class Planner:
 
     def simulate(self, choices: Sequence[Choice]) -> Plan:
         """Predicted peak, time and held bytes of a combination."""
-        line, given, again = self._run(choices, self.reuse)
+        return self._judge(choices, self._run(choices, self.reuse))
+
+    def _judge(self, choices: Sequence[Choice], run: Run) -> Plan:
+        line, given, again = run
         forward = timeline(self.forward, (), self.outputs | given, facts=self.facts)
         seconds = line.seconds(self.roofline, self.facts) + forward.seconds(self.roofline, self.facts)
         held = sum(map(self.facts.bytes, given))
@@ -157,7 +163,7 @@ class Planner:
     def _plans(self) -> list[Plan]:
         """Plans that were simulated: at first those of a range of targets, so that a plan found for a tighter one is not
         missed for a looser one."""
-        if not self._pool:
+        if not any(p is self.keep for p in self._pool):
             self._pool.append(self.keep)
             for i in range(1, TARGETS):
                 self._search(int(self.keep.peak * (1 - i / TARGETS)))
@@ -213,19 +219,23 @@ class Planner:
         return [found[value] for value in sorted(found, reverse=True)]
 
     def table(self, size: int) -> Table:
-        """Per segment of ``size`` merged ones its choices with their costs, from simulations in which all choose alike."""
+        """Per segment of ``size`` merged ones its choices with their costs, from simulations in which all choose alike. These
+        are plans too."""
         if size not in self._tables:
             options = [self.choices(s) for s in merge(self.segments, size)]
             table: Table = [[] for _ in options]
             for level in range(max(map(len, options))):
                 uniform = [o[min(level, len(o) - 1)] for o in options]
-                for i, costs in enumerate(self._costs(uniform)):
+                run = self._run(uniform, False)  # what is kept for reuse fills up room that there is
+                if level and not self.reuse:
+                    self._pool.append(self._judge(uniform, run))
+                for i, costs in enumerate(self._costs(uniform, run)):
                     if level < len(options[i]):
                         table[i].append((uniform[i], costs))
             self._tables[size] = table
         return self._tables[size]
 
-    def _run(self, choices: Sequence[Choice], reuse: bool | None = None) -> tuple[Timeline, set[Node], set[Node]]:
+    def _run(self, choices: Sequence[Choice], reuse: bool | None = None) -> Run:
         """Timeline of the backward, tensors held for it, and nodes that it computes again."""
         if reuse is None:
             reuse = not any(c.recomputed for c in choices)
@@ -237,8 +247,8 @@ class Planner:
         line = timeline(backward.nodes, given, self.gradients, self.gradients, self.facts, reuse=reuse)
         return line, given, set(backward.nodes).intersection(self.forward)
 
-    def _costs(self, choices: Sequence[Choice]) -> list[Costs]:
-        line, given, again = self._run(choices, False)  # what is kept for reuse fills up room that there is
+    def _costs(self, choices: Sequence[Choice], run: Run) -> list[Costs]:
+        line, given, again = run
         owner = {n: i for i, c in enumerate(choices) for n in c.segment.nodes}
         handed_on = {b for c in choices for b in c.segment.handed_on}
         held, working, seconds = [0] * len(choices), [0] * len(choices), [0.0] * len(choices)
