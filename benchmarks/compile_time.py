@@ -1,6 +1,6 @@
 """Time of the first training step, compilation included, of Inductor and of wtacrs, each in a fresh process without caches.
 
-python -m wtacrs_fx.benchmarks.compile_time --family bert --layers 12 --budgets none auto --out benchmarks/results/compile_time.md
+python -m wtacrs_fx.benchmarks.compile_time --family bert --layers 12 --budgets none auto --out compile_time.md
 """
 
 import argparse

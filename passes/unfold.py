@@ -36,13 +36,13 @@ def unfold_late_sums(graph: Graph) -> int:
     busy = [position[n] for n in graph.nodes if flops(n)]
     count = 0
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        product = next((a for a in add.args if isinstance(a, Node) and _is_waiting(a, add, position, busy)), None)
-        if product is None or add.kwargs:
+        early = next((a for a in add.args if isinstance(a, Node) and _is_waiting(a, add, position, busy)), None)
+        if early is None or add.kwargs:
             continue
-        other = add.args[1] if add.args[0] is product else add.args[0]
+        other = add.args[1] if add.args[0] is early else add.args[0]
         with graph.inserting_before(add):
             emit = Emitter(graph, add)
-            result = emit(aten.sub.Tensor, other, emit(aten.neg.default, product))
+            result = emit(aten.sub.Tensor, other, emit(aten.neg.default, early))
         result.meta.update({k: v for k, v in add.meta.items() if k not in result.meta})
         add.replace_all_uses_with(result)
         graph.erase_node(add)
@@ -50,10 +50,14 @@ def unfold_late_sums(graph: Graph) -> int:
     return count
 
 
-def _is_waiting(product: Node, add: Node, position: dict[Node, int], busy: list[int]) -> bool:
-    if product.target is not aten.mm.default or len(product.users) != 1 or len(add.args) != 2:
+def _is_waiting(operand: Node, add: Node, position: dict[Node, int], busy: list[int]) -> bool:
+    """Whether the operand is a product, or a view of one, that nothing else reads."""
+    product = view_base(operand)
+    if product.target is not aten.mm.default or not all(isinstance(a, Node) for a in add.args):
         return False
-    if not all(isinstance(a, Node) for a in add.args):
+    while operand is not product and len(operand.users) == 1:
+        operand = operand.all_input_nodes[0]
+    if operand is not product or len(product.users) != 1:
         return False
     if not any(position[product] < i < position[add] for i in busy):
         return False

@@ -201,11 +201,12 @@ class Work:
         severed = Severed(module.graph)
         done = sample(module.graph, plan, env, severed, self.config)
         outputs = severed.extend_outputs(self.num_fwd_outputs)
-        # Copies are equal to their originals until the cut has parted them, so torch must not merge equal nodes again.
-        copies = recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
+        recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
         module.graph.lint()
         uncut = Uncut(module.graph, outputs)
-        forward, backward = self.cut(module, outputs, cse=not copies)
+        # Torch must not merge equal nodes again: copies are equal to their originals until the cut has parted them, and what
+        # is computed for a draw on one side can be equal to a node of the other.
+        forward, backward = self.cut(module, outputs, cse=False)
         severed.join(forward, self.num_fwd_outputs)
         if unfold_late_sums(backward.graph):
             backward.recompile()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, symbolic_trace
 
-from wtacrs_fx import InvariantError, WtacrsWarning
+from wtacrs_fx import Backend, InvariantError, WtacrsWarning
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.policy import Action, hint, ratio_fraction, rows_kept
@@ -405,3 +405,24 @@ class TestInvariants:
                 for g in (recorder.forward, recorder.backward)
             ]
             assert not names[0] & names[1]
+
+
+class TestNormsBesideEqualNodes:
+    """The backward of tanh squares the tensor whose row norms a late site takes in the forward: one node must not be both."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).tanh()).square().mean()
+
+    @pytest.mark.slow  # Inductor's decompositions make the nodes equal
+    def test_tanh_before_a_linear_layer(self):
+        model, x = self.Model(), torch.randn(256, 64)
+        exact = gradients(model, x)
+        backend = Backend(ratio=0.5, min_bytes=0)
+        sampled = gradients(model, x, call=torch.compile(model, backend=backend))
+        assert backend.ledger.count("late") or backend.ledger.count("early")
+        torch.testing.assert_close(sampled["first.bias"], exact["first.bias"])

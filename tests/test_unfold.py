@@ -1,0 +1,137 @@
+"""Products run where they are, and not where their result is added to a later one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import wtacrs_fx
+from wtacrs_fx.passes.unfold import unfold_late_sums
+
+from helpers import Recorder, calls, gradients
+
+aten = torch.ops.aten
+TOKENS, VOCABULARY, WIDTH = 64, 24, 8
+
+
+def trace(f, *args: Tensor) -> GraphModule:
+    return make_fx(f, tracing_mode="fake")(*args)
+
+
+def example() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(VOCABULARY, TOKENS), torch.randn(TOKENS, WIDTH), torch.randn(WIDTH, WIDTH)
+
+
+def product_first(logits: Tensor, hidden: Tensor, w: Tensor) -> Tensor:
+    """Gradient of the head; then other products; then the gradient of the embedding is added."""
+    head = logits @ hidden
+    return head + (hidden @ w).tanh()[:VOCABULARY]
+
+
+def product_second(logits: Tensor, hidden: Tensor, w: Tensor) -> Tensor:
+    head = logits @ hidden
+    return (hidden @ w).tanh()[:VOCABULARY] + head
+
+
+def unfolded(f, *args: Tensor) -> tuple[GraphModule, int]:
+    module = trace(f, *args)
+    count = unfold_late_sums(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module, count
+
+
+@pytest.mark.parametrize("f", [product_first, product_second])
+def test_quartet(f):
+    module, count = unfolded(f, *example())
+    assert count == 1
+    assert calls(module, aten.add.Tensor) == 0
+    assert calls(module, aten.sub.Tensor) == calls(module, aten.neg.default) == 1
+    assert torch.equal(module(*example()), f(*example()))
+
+
+def test_chain_of_sums():
+    """A weight used three times: two products wait."""
+
+    def f(logits, hidden, w):
+        first, second = logits @ hidden, (2 * logits) @ hidden
+        return second + (first + (hidden @ w).tanh()[:VOCABULARY])
+
+    module, count = unfolded(f, *example())
+    assert count == 2
+    assert torch.equal(module(*example()), f(*example()))
+
+
+def no_product_between(logits, hidden, w):
+    return logits @ hidden + (hidden * 2)[:VOCABULARY]
+
+
+def several_users(logits, hidden, w):
+    head = logits @ hidden
+    return head + (hidden @ w)[:VOCABULARY], head.tanh()
+
+
+def larger_than_its_inputs(logits, hidden, w):
+    head = hidden @ w[:1].T @ w[:1]
+    return head + (hidden @ w).tanh() @ w
+
+
+def scaled(logits, hidden, w):
+    return torch.add((hidden @ w)[:VOCABULARY].tanh(), logits @ hidden, alpha=2)
+
+
+def nothing(logits, hidden, w):
+    return logits.tanh() + 1
+
+
+@pytest.mark.parametrize("f", [no_product_between, several_users, larger_than_its_inputs, scaled, nothing])
+def test_negatives(f):
+    before = trace(f, *example())
+    module, count = unfolded(f, *example())
+    assert count == 0
+    assert [(n.op, n.target) for n in module.graph.nodes] == [(n.op, n.target) for n in before.graph.nodes]
+
+
+class Tied(nn.Module):
+    """An embedding tied to the output head, and a linear layer between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(40, 16), nn.Linear(16, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.inner(self.embedding(ids)).tanh()
+        return nn.functional.cross_entropy(h @ self.embedding.weight.T, ids)
+
+
+def test_in_the_backward_of_a_tied_model():
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(0, 40, (256,))
+    exact = gradients(model, ids)
+    recorder = Recorder(ratio=0.5, min_bytes=0)
+    sampled = gradients(model, ids, call=torch.compile(model, backend=recorder))
+    backward = recorder.backward[0]
+    assert calls(backward, aten.neg.default) >= 1
+    sums = backward.graph.find_nodes(op="call_function", target=aten.sub.Tensor)
+    assert any(n.args[1].target is aten.neg.default for n in sums)
+    torch.testing.assert_close(sampled["embedding.weight"], exact["embedding.weight"])  # the head is exact by default
+
+
+@pytest.mark.slow
+def test_inductor_does_not_fold_it():
+    """Generated code of the tied model: the head's product is no addmm."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.randint(0, 40, (256,))
+
+    def code(backend) -> str:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend)
+        _, codes = run_and_get_code(lambda: compiled(ids).backward())
+        return codes[-1]
+
+    assert "addmm(" in code("inductor")
+    assert "addmm(" not in code(wtacrs_fx.Backend(ratio=0.5, min_bytes=0))
