@@ -15,7 +15,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.work import copy_joint
 
-SMALL = {"min_rows": 1, "min_bytes": 0}
+SMALL = {"min_rows": 1, "min_bytes": 0, "memory_budget": None}
 """Options that admit the tiny layers of the tests."""
 
 
@@ -28,9 +28,11 @@ class Recorder:
         self.forward: list[GraphModule] = []
         self.backward: list[GraphModule] = []
         self.ledgers: list[Ledger] = []
+        self.partitioners: list[Partitioner] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
         partition_fn = Partitioner(self.config, dynamo_names(gm))
+        self.partitioners.append(partition_fn)
 
         def record(joint: GraphModule, inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
             self.joint.append(copy_joint(joint)[0])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ import wtacrs_fx
 from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.config import Config, parse_bytes
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.ledger import Ledger, Prediction
+from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
 from wtacrs_fx.passes.liveness import timeline
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.schedule import schedule_backward
-from wtacrs_fx.passes.segments import find_segments, forward_nodes
+from wtacrs_fx.passes.segments import find_segments, forward_nodes, merge
 from wtacrs_fx.passes.sites import graph_outputs
+from wtacrs_fx.passes.work import REPLANS, Work
 
 from helpers import SMALL, Moments, Recorder, Transformer, gradients, transformer_batch
 
@@ -99,6 +102,105 @@ class TestOption:
         ):
             call(*batch).backward()
         assert backend.ledger.parts
+
+    def test_auto_is_the_default(self):
+        assert Config().memory_budget == "auto"
+
+
+class TestReplanning:
+    """A finished partition that misses the budget is planned again."""
+
+    def run(self, monkeypatch, misses: int, factor: float = 1.25) -> tuple[Ledger, list]:
+        """Collect the plans of finished partitions; the first ``misses`` of them are said to need ``factor`` times as much."""
+        finished = []
+        predicted = Work.predicted
+
+        def heavier(work: Work) -> Prediction:
+            prediction = predicted(work)
+            finished.append(work.recomputation)
+            plans = {id(p) for p in finished}
+            return replace(prediction, peak=int(factor * prediction.peak)) if len(plans) <= misses else prediction
+
+        monkeypatch.setattr(Work, "predicted", heavier)
+        _, batch, call, backend = compiled_transformer(memory_budget=0.75, ratio=1.0)
+        call(*batch).backward()
+        return backend.ledger, finished
+
+    def test_lower_until_it_fits(self, monkeypatch):
+        ledger, finished = self.run(monkeypatch, misses=1)
+        assert finished[1].peak < 0.9 * finished[0].peak
+        assert ledger.predicted.peak <= 0.75 * ledger.predicted_exact.peak
+
+    def test_a_miss_is_told(self, monkeypatch):
+        with pytest.warns(WtacrsWarning, match=r"memory_budget=0\.75.*least peak"):
+            _, finished = self.run(monkeypatch, misses=100, factor=3.0)
+        assert 1 < len({id(p) for p in finished}) <= REPLANS
+
+    def test_goal(self):
+        goal = Goal(peak=100.0)
+        prediction = Prediction(peak=110, allocated=120, seconds=5.0, flops=1)
+        assert goal.missed_by(prediction) == pytest.approx(0.1)
+        assert goal.tighter(0.1) == Goal(peak=90.0)
+        assert Goal(seconds=10.0).missed_by(prediction) == pytest.approx(-0.5)
+
+
+class TestRegions:
+    """PyTorch's own annotation of a share of memory, in the user's code."""
+
+    def step(self, share: float, **options):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, batch = Transformer(width=WIDTH, layers=LAYERS), transformer_batch(8, 32, WIDTH)
+        backend = wtacrs_fx.Backend(**{**SMALL, "inner": "eager", "ratio": 1.0, **options})
+
+        def loss(*args):
+            with torch.autograd.graph.region_activation_memory_budget(share):
+                return model(*args)
+
+        return gradients(model, *batch), gradients(model, *batch, call=torch.compile(loss, backend=backend)), backend
+
+    @pytest.mark.parametrize("option", [None, "auto"])
+    def test_honoured(self, option):
+        exact, planned, backend = self.step(0.7, memory_budget=option)
+        ledger = backend.ledger
+        assert any(p.decision == "recompute" for p in ledger.parts)
+        assert ledger.predicted.peak <= 0.7 * ledger.predicted_exact.peak
+        for name, value in exact.items():
+            torch.testing.assert_close(planned[name], value, rtol=1e-4, atol=1e-6)
+
+    def test_takes_the_place_of_the_option(self):
+        with pytest.warns(WtacrsWarning, match=r"region_activation_memory_budget\(0\.7\) takes the place"):
+            _, _, backend = self.step(0.7, memory_budget=0.95)
+        assert backend.ledger.predicted.peak <= 0.7 * backend.ledger.predicted_exact.peak
+
+    def test_two_shares_in_one_graph(self):
+        graph = torch.fx.Graph()
+        for share in (0.5, 0.6):
+            graph.placeholder("x").meta["custom"] = {"_region_activation_memory_budget": share}
+        with pytest.raises(ValueError, match=r"\[0\.5, 0\.6\].*graph_break"):
+            take_region_budget(graph, Config())
+
+    def test_annotations_are_taken_and_others_left(self):
+        graph = torch.fx.Graph()
+        node = graph.placeholder("x")
+        node.meta["custom"] = {"_region_activation_memory_budget": 0.0, "mine": 1}
+        assert 0 < take_region_budget(graph, Config()).memory_budget < 0.01
+        assert node.meta["custom"] == {"mine": 1}
+        assert take_region_budget(graph, Config(memory_budget=0.5)) == Config(memory_budget=0.5)
+
+
+def test_dead_buffers_are_freed_at_once_where_segments_are_recomputed():
+    model, batch = Transformer(width=WIDTH, layers=LAYERS), transformer_batch(8, 32, WIDTH)
+
+    def options(**given) -> dict:
+        torch._dynamo.reset()
+        recorder = Recorder(ratio=1.0, **given)
+        gradients(model, *batch, call=torch.compile(model, backend=recorder))
+        return recorder.partitioners[-1].inductor
+
+    assert options() == {}
+    assert options(memory_budget=0.6) == {"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
+    assert options(memory_budget=0.6, inductor={"allow_buffer_reuse": True}) == {"reorder_for_peak_memory": False}
 
 
 def test_auto_takes_no_longer_than_exact():
@@ -184,6 +286,20 @@ class TestPlanner:
         assert times[-1] == max(times) > keep.seconds
         assert planner.fastest(1000) is None
 
+    def test_more_memory_never_takes_more_time(self):
+        planner = self.planner(4)
+        shares = [0.9, 0.8, 0.7, 0.6, 0.5]
+        targets = [int(share * planner.keep.peak) for share in shares]
+        for target in targets:
+            planner.fastest(target)
+        times = [planner.fastest(target).seconds for target in targets]
+        assert times == sorted(times)
+
+    def test_uniform_choices_are_plans(self):
+        planner = self.planner(4)
+        uniform = planner.simulate([planner.choices(s)[1] for s in merge(planner.segments, 2)])
+        assert planner.least_peak(float("inf")).peak <= uniform.peak
+
     def test_time_bound(self):
         planner = self.planner(4)
         keep = planner.keep
@@ -236,7 +352,7 @@ class TestMemoryModel:
 
         step()
         peak = measure.peak_bytes(step)
-        assert backend.ledger.predicted.allocated == pytest.approx(peak, rel=0.2)
+        assert backend.ledger.predicted.allocated == pytest.approx(peak, rel=0.05)
 
     def test_schedule_recomputes_just_in_time(self):
         planner = TestPlanner().planner(2)

@@ -16,7 +16,7 @@ def model_and_batch():
 def test_exact_and_sampled_plans():
     model, batch = model_and_batch()
     before = {n: p.clone() for n, p in model.named_parameters()}
-    found = wtacrs_fx.frontier(model, batch, points=4, ratio=0.1, memory_budget=0.6, **SMALL)
+    found = wtacrs_fx.frontier(model, batch, points=4, ratio=0.1, **{**SMALL, "memory_budget": 0.6})
     arms = {arm: [p for p in found.points if p.arm == arm] for arm in ("exact", "sampled")}
     assert all(len(points) >= 2 for points in arms.values())
     for points in arms.values():

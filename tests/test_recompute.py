@@ -173,7 +173,7 @@ def test_gradients_are_those_of_the_exact_run(budget, dropout, inner):
     exact, _ = run()
     planned, ledger = run(memory_budget=budget)
     assert any(p.decision == "recompute" for p in ledger.parts)
-    assert ledger.predicted.peak <= budget * ledger.predicted_exact.peak * 1.15
+    assert ledger.predicted.peak <= budget * ledger.predicted_exact.peak
     assert ledger.saved_bytes < ledger.saved_bytes_exact
     for name, value in exact.items():
         torch.testing.assert_close(planned[name], value, rtol=1e-4, atol=1e-6)
@@ -221,7 +221,7 @@ def test_torchs_own_budget_keeps_the_masks():
     def run(budget: float) -> dict:
         torch._dynamo.reset()
         with torch._functorch.config.patch(activation_memory_budget=budget):
-            compiled = torch.compile(model, backend=wtacrs_fx.Backend(ratio=1.0))
+            compiled = torch.compile(model, backend=wtacrs_fx.Backend(ratio=1.0, memory_budget=None))
             torch.manual_seed(5)
             return gradients(model, *batch, call=compiled)
 
@@ -246,7 +246,7 @@ def test_user_regions_around_fused_attention(budget):
 
 def test_sites_of_recomputed_segments_are_late():
     model, batch = transformer()
-    backend = wtacrs_fx.Backend(ratio=0.5, memory_budget=0.55, inner="eager", estimator="systematic", **SMALL)
+    backend = wtacrs_fx.Backend(ratio=0.5, inner="eager", estimator="systematic", **{**SMALL, "memory_budget": 0.55})
     gradients(model, *batch, call=torch.compile(model, backend=backend))
     reasons = {e.reason for e in backend.ledger.entries if e.decision == "late"}
     assert "input recomputed with its segment" in reasons, backend.ledger.table()
@@ -255,7 +255,7 @@ def test_sites_of_recomputed_segments_are_late():
 @pytest.mark.parametrize("late", ["sample", "exact"])
 def test_late_exact_leaves_recomputed_inputs_exact(late):
     model, batch = transformer()
-    backend = wtacrs_fx.Backend(ratio=0.5, memory_budget=0.55, inner="eager", late=late, **SMALL)
+    backend = wtacrs_fx.Backend(ratio=0.5, inner="eager", late=late, **{**SMALL, "memory_budget": 0.55})
     gradients(model, *batch, call=torch.compile(model, backend=backend))
     inside = [e for e in backend.ledger.entries if e.reason.startswith("input recomputed with its segment")]
     assert inside

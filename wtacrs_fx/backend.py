@@ -54,9 +54,11 @@ class Partitioner(CustomPartitionerFn):
         forward, backward, ledger = partition(gm, joint_inputs, config=self.config, names=self.names, **kwargs)
         if ledger is not None:
             self.publish(ledger)
-        # Dead buffers that Inductor keeps for later ones would be alive while other segments are computed again.
-        recomputes = ledger is not None and any(p.decision == "recompute" for p in ledger.parts)
-        self.inductor = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False} if recomputes else {}
+        # Where segments are computed again, the plan is for kernels in the order of the graph; and dead buffers that Inductor
+        # keeps for later ones would be alive while other segments run.
+        if ledger is not None and any(p.decision == "recompute" for p in ledger.parts):
+            options = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
+            self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
         return forward, backward
 
     def publish(self, ledger: Ledger) -> None:

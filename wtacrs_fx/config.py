@@ -70,11 +70,11 @@ class Config:
         "saves FLOPs) or 'exact'.",
     )
     memory_budget: float | int | str | None = _option(
-        None,
+        "auto",
         "Least-time plan of what the backward recomputes, block by block, so that the predicted peak of a step's activations "
         "stays below: a float in (0, 1], share of the exact partition's peak; an int or a string such as '12GiB', bytes. "
-        "'auto': the least peak that is predicted to take no longer than exact training. None: nothing is recomputed but "
-        "what Inductor itself recomputes.",
+        "'auto': the least peak that is predicted to take no longer than exact training. None: no budget; what sampling saves "
+        "in time is kept as time, and nothing is recomputed but what Inductor itself recomputes.",
     )
     seed: int | None = _option(
         None, "None: draws follow torch.manual_seed. An integer: draws come from a generator of their own."
