@@ -43,7 +43,7 @@ def section(result: dict[str, Any]) -> str:
     """Table and verdicts of one configuration."""
     arms: Arms = result["arms"]
     base, unit = arms["inductor"], result["unit_bytes"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, r in arms.items():
         if "error" in r:
             rows.append((name, f"failed: {r['error'][:60]}"))

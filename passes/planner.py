@@ -10,7 +10,7 @@ segment s runs while the tensors of all segments before it are held, so choices 
 where ``working`` is what segment s has in memory at most while its own gradients are computed. Held bytes, working bytes
 and seconds of every choice come from simulations in which all segments choose alike; a dynamic program over
 (segment, bytes held) combines them, and the combination is simulated again. Neighbouring segments may be treated as one
-(the boundary between them is then not saved); every such granularity is planned and the best one wins.
+(the boundary between them is then not saved). Whatever was simulated is a plan, and the best one wins.
 
 PyTorch's knapsack solvers do not fit: they bound the sum of all bytes held, not the peak.
 """
@@ -82,7 +82,7 @@ class Plan:
     seconds: float
     held: int
     again: frozenset[Node]
-    """Nodes of the forward that the backward runs again: those of ``recomputed`` that it asks for, and cheap others."""
+    """Nodes that the backward runs again: those of ``recomputed`` that it asks for, and cheap others."""
 
     @property
     def recomputed(self) -> frozenset[Node]:
@@ -236,9 +236,7 @@ class Planner:
         return self._tables[size]
 
     def _run(self, choices: Sequence[Choice], reuse: bool | None = None) -> Run:
-        """Timeline of the backward, tensors held for it, and nodes that it computes again."""
-        if reuse is None:
-            reuse = not any(c.recomputed for c in choices)
+        reuse = not any(c.recomputed for c in choices) if reuse is None else reuse
         recomputed = self.fixed.union(*(c.recomputed for c in choices))
         kept = {view_base(n) for c in choices for n in c.kept}
         saved = (self.saved - recomputed) | _handed_on(choices) | kept
