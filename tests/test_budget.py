@@ -352,7 +352,7 @@ class TestMemoryModel:
 
         step()
         peak = measure.peak_bytes(step)
-        assert backend.ledger.predicted.allocated == pytest.approx(peak, rel=0.05)
+        assert backend.ledger.predicted.allocated == pytest.approx(peak, rel=0.06)
 
     def test_schedule_recomputes_just_in_time(self):
         planner = TestPlanner().planner(2)
