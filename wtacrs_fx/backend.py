@@ -160,7 +160,7 @@ def compile_inductor(
     # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
     patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
     patches = {**patches, "custom_partitioner_fn": partition_fn}
-    compiled: Any = compile_fx(gm, example_inputs, compile_graph, config_patches=patches)
+    compiled: Any = compile_fx(gm, example_inputs, inner_compile=compile_graph, config_patches=patches)
     return compiled
 
 
