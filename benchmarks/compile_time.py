@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.benchmarks.families import FAMILIES
+from wtacrs_fx.benchmarks.options import memory_budget
 
 
 def main() -> None:
@@ -76,9 +77,7 @@ def first_step(args: argparse.Namespace) -> float:
     if args.child == "inductor":
         options["backend"] = "inductor"
     else:
-        named = {"none": None, "auto": "auto"}
-        budget = named[args.child] if args.child in named else float(args.child)
-        options |= {"backend": "wtacrs", "options": {"memory_budget": budget}}
+        options |= {"backend": "wtacrs", "options": {"memory_budget": memory_budget(args.child)}}
     compiled = torch.compile(model.train(), **options)
     start = time.perf_counter()
     compiled(**batch).loss.backward()

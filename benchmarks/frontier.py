@@ -6,15 +6,14 @@
 All arms of a configuration share their parameters and are timed alternately in one process; compare medians. Every
 configuration becomes a JSON file under ``frontier/``; the table and the plot are made from all files there. CPU only.
 
-Gradients are compared for one seed. Those of biases, normalisations and embeddings are exact in every arm of wtacrs, so
-they prove that the backward has seen the dropout masks of the forward.
+Gradients are compared for one seed. Those of biases and normalisations are exact in every arm of wtacrs, so they
+prove that the backward has seen the dropout masks of the forward.
 """
 
 import argparse
 import copy
 import json
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ from torch.fx import GraphModule
 from wtacrs_fx import Backend
 from wtacrs_fx.benchmarks import frontier_report, measure
 from wtacrs_fx.benchmarks.families import FAMILIES, Batch
+from wtacrs_fx.benchmarks.options import add_shape, memory_budget
+from wtacrs_fx.benchmarks.step import gradient_error
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,7 @@ class Trained:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    add_shape(parser, repeats=3)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.3, 0.1])
     parser.add_argument("--budgets", nargs="+", default=["none", "0.5", "0.3", "auto"], help="memory_budget")
     parser.add_argument(
@@ -148,8 +145,8 @@ def arms(args: argparse.Namespace) -> list[Arm]:
     ]
     for ratio in args.ratios:
         for text in args.budgets:
-            budget = None if text == "none" else float(text) if text[0].isdigit() and text[-1].isdigit() else text
-            found.append(Arm(f"wtacrs {ratio:g} budget {text}", Backend(ratio=ratio, memory_budget=budget)))
+            backend = Backend(ratio=ratio, memory_budget=memory_budget(text))
+            found.append(Arm(f"wtacrs {ratio:g} budget {text}", backend))
     return [Arm("inductor"), *(a for a in found if re.search(args.only, a.name))]
 
 
@@ -196,12 +193,9 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def errors(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Relative squared errors ``|G' - G|^2 / |G|^2``: median over matrices inside layers, largest over all vectors."""
-    found: dict[int, list[float]] = {1: [], 2: []}
-    for name, g in exact.items():
-        if g.dim() == 1 or re.search(r"layer|block|\.h\.", name):
-            error = (grads[name] - g).square().sum() / g.square().sum().clamp(min=1e-30)
-            found[min(g.dim(), 2)].append(float(error))
-    return {"matrix_error": statistics.median(found[2]), "vector_error": max(found[1])}
+    matrices = {n: g for n, g in exact.items() if g.dim() == 2 and re.search(r"layer|block|\.h\.", n)}
+    vectors = [gradient_error(grads, {n: g}) for n, g in exact.items() if g.dim() == 1]
+    return {"matrix_error": gradient_error(grads, matrices), "vector_error": max(vectors)}
 
 
 if __name__ == "__main__":

@@ -81,9 +81,7 @@ def verdicts(arms: Arms) -> list[str]:
     lines = []
     for bound in BOUNDS:
         for kind, ours in (("wtacrs", True), ("others", False)):
-            fits = {
-                n: r for n, r in done.items() if _is_ours(n) is ours and r["median"] <= bound * base["median"]
-            }  # fmt: skip
+            fits = {n: r for n, r in done.items() if _is_ours(n) is ours and r["median"] <= bound * base["median"]}
             if fits:
                 name = min(fits, key=lambda n: fits[n]["activation_peak_bytes"])
                 r = fits[name]

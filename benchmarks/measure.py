@@ -123,10 +123,10 @@ def resident_step_bytes(step: Callable[[], object]) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)  # what is free goes back first (glibc)
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
         before = _status("VmRSS")
-        step()
-        return _status("VmHWM") - before
     except (OSError, AttributeError, TypeError):
         return None
+    step()
+    return _status("VmHWM") - before
 
 
 def _status(key: str) -> int:

@@ -22,15 +22,12 @@ from torch import nn
 from wtacrs_fx import Backend
 from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.benchmarks.families import FAMILIES, Batch
+from wtacrs_fx.benchmarks.options import add_shape, memory_budget
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=9)
+    add_shape(parser, repeats=9)
     parser.add_argument("--estimator", default="wta_crs")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.3, 0.1])
     parser.add_argument(
@@ -85,7 +82,7 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, dict[str,
 
 def arms(args: argparse.Namespace) -> dict[str, Any]:
     """Name -> backend; None is eager. Every ratio without a budget and with each."""
-    budgets = {"": None, **{f" budget {b}": float(b) if b.replace(".", "").isdigit() else b for b in args.budgets}}
+    budgets = {"": None, **{f" budget {b}": memory_budget(b) for b in args.budgets}}
     sampled = {
         f"wtacrs {ratio:g}{name}": Backend(ratio=ratio, estimator=args.estimator, memory_budget=budget)
         for ratio in args.ratios

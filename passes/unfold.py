@@ -36,14 +36,15 @@ def unfold_late_sums(graph: Graph) -> int:
     busy = [position[n] for n in graph.nodes if flops(n)]
     count = 0
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if add.kwargs:  # a factor
+            continue
         early = next((a for a in add.args if isinstance(a, Node) and _is_waiting(a, add, position, busy)), None)
-        if early is None or add.kwargs:
+        if early is None:
             continue
         other = add.args[1] if add.args[0] is early else add.args[0]
         with graph.inserting_before(add):
             emit = Emitter(graph, add)
             result = emit(aten.sub.Tensor, other, emit(aten.neg.default, early))
-        result.meta.update({k: v for k, v in add.meta.items() if k not in result.meta})
         add.replace_all_uses_with(result)
         graph.erase_node(add)
         count += 1

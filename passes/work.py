@@ -116,7 +116,8 @@ class Work:
         it misses the budget, plan again for as much less."""
         planner, goal = self.planner(), Goal.of(self.config, self.prediction)
         least = planner.least_peak(math.inf)
-        if goal.plan(planner) is None:
+        feasible = goal.plan(planner) is not None
+        if not feasible:
             report_miss(least, least.held, self.prediction, self.config, bool(self.users))
         aim, tried = goal, []
         for _ in range(REPLANS):
@@ -129,15 +130,9 @@ class Work:
             aim = aim.tighter(tried[-1][0])
         missed, work = min(tried, key=lambda t: t[0])
         vars(self).update(vars(work))
-        if missed > 0 and goal.peak < math.inf and goal.plan(planner) is not None:
+        if missed > 0 and goal.peak < math.inf and feasible:
             held = saved_bytes(self.best[0], self.num_fwd_outputs, self.weights)
-            report_miss(
-                self.predicted(),
-                held,
-                self.prediction,
-                self.config,
-                bool(self.users),
-            )
+            report_miss(self.predicted(), held, self.prediction, self.config, bool(self.users))
 
     def _settle(self) -> None:
         """Revise the sites in the light of the last cut, and cut again as often as that changes something."""

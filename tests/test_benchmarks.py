@@ -43,7 +43,6 @@ def test_verdicts():
 
 
 def test_report_shows_failed_arms_and_predictions(tmp_path):
-    pytest.importorskip("matplotlib")
     (tmp_path / "frontier").mkdir()
     (tmp_path / "frontier" / "bert.json").write_text(json.dumps(RESULT))
     text = frontier_report.write(tmp_path)
@@ -81,8 +80,9 @@ def test_peaks_leave_out_gradients_once_they_are_alive():
 def test_resident_rise():
     size = 2**26
     rise = measure.resident_step_bytes(lambda: torch.ones(size, dtype=torch.uint8))
-    if rise is None:
-        pytest.skip("this operating system does not tell")
+    if sys.platform != "linux":
+        assert rise is None
+        return
     assert 0.9 * size < rise < 2 * size
 
 

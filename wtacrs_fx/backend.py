@@ -56,9 +56,9 @@ class Partitioner(CustomPartitionerFn):
             self.publish(ledger)
         # Where segments are computed again, the plan is for kernels in the order of the graph; and dead buffers that Inductor
         # keeps for later ones would be alive while other segments run.
-        if ledger is not None and any(p.decision == "recompute" for p in ledger.parts):
-            options = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
-            self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
+        recomputes = ledger is not None and any(p.decision == "recompute" for p in ledger.parts)
+        options = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False} if recomputes else {}
+        self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
         return forward, backward
 
     def publish(self, ledger: Ledger) -> None:
