@@ -1,12 +1,12 @@
 """What a node costs: FLOPs by torch's own formulas, bytes by its tensors, seconds by a roofline of the device."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from wtacrs_fx.passes.policy import hint
@@ -23,11 +23,17 @@ def flops(node: Node) -> int:
         return sdpa_flop_count(*(_shape(a) for a in node.args[:3]))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return sdpa_backward_flop_count(*(_shape(a) for a in node.args[:4]))
-    formula = flop_registry.get(packet)
-    if formula is None:
+    if packet not in flop_registry:
         return 0
-    args, kwargs = map_arg((node.args, node.kwargs), _sized)
-    return int(formula(*args, **kwargs, out_val=tree_map(_meta, node.meta["val"])))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _signature(n.meta["val"]))
+    return _by_formula(packet, _signature(args), _signature(tuple(kwargs.items())), _signature(node.meta["val"]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _by_formula(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Torch's formula, once per signature: the layers of a network repeat each other."""
+    args, kwargs, out = (_tensors(x) for x in (args, kwargs, out))
+    return int(flop_registry[packet](*args, **dict(kwargs), out_val=out))
 
 
 def nbytes(node: Node) -> int:
@@ -64,15 +70,28 @@ def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     return Roofline(flops=0.7e12 * get_device_tflops(dtype), bandwidth=0.8e9 * get_gpu_dram_gbps())
 
 
-def _sized(node: Node) -> Any:
-    return tree_map(_meta, node.meta["val"])
+@dataclass(frozen=True)
+class _Tensor:
+    """Sizes and type of a tensor: what a formula looks at."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def _meta(value: Any) -> Any:
-    """A tensor of the example's sizes, without data: formulas compute with ints, never with symbols."""
+def _signature(value: Any) -> Any:
+    """The value with tensors as their descriptions, symbols as the example's numbers and lists as tuples, so hashable."""
     if isinstance(value, torch.Tensor):
-        return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device="meta")
+        return _Tensor(tuple(hint(s) for s in value.shape), value.dtype)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
     return hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def _tensors(value: Any) -> Any:
+    """Back again: tensors without data."""
+    if isinstance(value, _Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return tuple(map(_tensors, value)) if isinstance(value, tuple) else value
 
 
 def _shape(node: Any) -> torch.Size:

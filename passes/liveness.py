@@ -22,18 +22,18 @@ from wtacrs_fx.passes.sites import graph_outputs
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-_REDUCTIONS = (
+_REDUCTIONS = frozenset((
     aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default,
     aten.var_mean.correction, aten.var.correction, aten.argmax.default, aten.any.default, aten.any.dim, aten.prod.dim_int,
     prims.var.default,
-)  # fmt: skip
-_POINTWISE = (
+))  # fmt: skip
+_POINTWISE = frozenset((
     aten.index.Tensor, aten.gather.default, aten.embedding.default, aten.full.default, aten.full_like.default,
     aten.arange.start_step, aten.zeros_like.default, aten.ones_like.default, aten.scalar_tensor.default, prims.iota.default,
     aten.clone.default, aten.copy.default, aten._to_copy.default, prims.convert_element_type.default, aten.where.self,
     aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
     prims.inductor_random.default, prims.inductor_lookup_seed.default,
-)  # fmt: skip
+))  # fmt: skip
 
 _COSTLY = (aten.exp.default, aten.sigmoid.default)
 """What Inductor does not compute again on CPU for every reader."""
@@ -206,7 +206,7 @@ def _fused(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
 
 def _kernels(nodes: Sequence[Node], given: Collection[Node], returned: Collection[Node], facts: Facts) -> list[Kernel]:
     calls = [n for n in nodes if facts.base(n) is n]
-    epoch, count = {}, 0
+    epoch, count, many = {}, 0, inductor_config.realize_reads_threshold
     users: dict[Node, list[Node]] = {}
     for node in calls:
         epoch[node] = count
@@ -231,7 +231,7 @@ def _kernels(nodes: Sequence[Node], given: Collection[Node], returned: Collectio
             kernels.append(Kernel(node, reads, size, library=True))
         elif node.target in _REDUCTIONS or node in returned or node in gathered or any(map(facts.library, readers)):
             kernels.append(Kernel(node, reads, size, library=False))
-        elif _is_realized(node, readers, reads):
+        elif _is_realized(node, readers, reads, many):
             internal = all(epoch[r] == epoch[node] for r in readers)
             kernels.append(Kernel(node, reads, size, library=False, internal=internal))
             if internal:
@@ -258,9 +258,8 @@ def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]], facts
     return result
 
 
-def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node]) -> bool:
-    """Inductor's rule for values that it might as well compute again in every reader."""
-    many = inductor_config.realize_reads_threshold
+def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node], many: int) -> bool:
+    """Inductor's rule for values that it might as well compute again in every reader; ``many`` is its threshold."""
     costly = node.target in _COSTLY and node.meta["val"].device.type == "cpu"
     return (len(readers) > 1 and (costly or len(reads) > many)) or len(reads) > 2 * many
 

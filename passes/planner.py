@@ -27,7 +27,7 @@ from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tensor
 from wtacrs_fx.passes.liveness import Facts, Timeline, timeline
 from wtacrs_fx.passes.policy import view_base
-from wtacrs_fx.passes.schedule import schedule_backward
+from wtacrs_fx.passes.schedule import JointOrder
 from wtacrs_fx.passes.segments import Segment, forward_nodes, merge
 from wtacrs_fx.passes.sites import graph_outputs
 
@@ -128,7 +128,7 @@ class Planner:
         outputs = graph_outputs(graph)
         self.outputs = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
         self.gradients = {view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)}
-        self.facts = Facts()
+        self.facts, self.order = Facts(), JointOrder(graph, num_fwd_outputs)
         self._tables: dict[int, Table] = {}
         self._pool: list[Plan] = []
 
@@ -240,7 +240,7 @@ class Planner:
         recomputed = self.fixed.union(*(c.recomputed for c in choices))
         kept = {view_base(n) for c in choices for n in c.kept}
         saved = (self.saved - recomputed) | _handed_on(choices) | kept
-        backward = schedule_backward(self.graph, self.num_fwd_outputs, saved)
+        backward = self.order.backward(saved)
         given = set(backward.reads - self.weights)
         line = timeline(backward.nodes, given, self.gradients, self.gradients, self.facts, reuse=reuse)
         return line, given, set(backward.nodes).intersection(self.forward)

@@ -1,7 +1,7 @@
 """The order in which a joint graph's forward and backward will run, for a given set of saved tensors."""
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -19,43 +19,51 @@ class Backward:
     reads: frozenset[Node]
 
 
-def schedule_backward(graph: Graph, num_fwd_outputs: int, saved: Collection[Node]) -> Backward:
-    """The backward for these saved view bases: everything else that it reads is computed again from them, just in time.
+class JointOrder:
+    """Answers for many sets of saved tensors what the backward of one joint graph runs, and in which order.
 
-    Placeholders are in memory. The order is the partitioner's, which follows autograd: the joint graph's own order from
-    the first reader of a tangent on, with what has to be recomputed right in front of its first reader.
+    Args:
+        graph: joint graph, not changed meanwhile.
+        num_fwd_outputs: its forward outputs.
     """
-    position = {n: i for i, n in enumerate(graph.nodes)}
-    outputs = [v for v in graph_outputs(graph)[num_fwd_outputs:] if isinstance(v, Node)]
-    needed, reads = _closure(outputs, saved)
-    ordered = sorted(needed, key=position.__getitem__)
-    start = min(
-        (position[u] for t in graph.find_nodes(op="placeholder") if is_tangent(t) for u in t.users if u in needed),
-        default=0,
-    )
-    done: set[Node] = set()
-    result: list[Node] = []
-    for node in ordered:
-        if position[node] >= start and node not in done:
-            for wanted in (*pending(node, needed, done, position), node):
-                done.add(wanted)
-                result.append(wanted)
-    return Backward(tuple(result), frozenset(reads))
 
+    def __init__(self, graph: Graph, num_fwd_outputs: int) -> None:
+        self.position = {n: i for i, n in enumerate(graph.nodes)}
+        self.outputs = [v for v in graph_outputs(graph)[num_fwd_outputs:] if isinstance(v, Node)]
+        self.after_tangents = [u for t in graph.find_nodes(op="placeholder") if is_tangent(t) for u in t.users]
+        self._inputs = {n: n.all_input_nodes for n in graph.nodes}
+        self._in_memory = {n for n in graph.nodes if n.op != "call_function" or _drawn(n)}
 
-def _closure(outputs: Sequence[Node], saved: Collection[Node]) -> tuple[set[Node], set[Node]]:
-    """Calls to run for the outputs, and the tensors that are read from memory for it."""
-    needed: set[Node] = set()
-    reads: set[Node] = set()
-    stack = list(outputs)
-    while stack:
-        node = stack.pop()
-        if node.op != "call_function" or node in saved or _drawn(node):
-            reads.add(node)
-        elif node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    return needed, {view_base(n) for n in reads}
+    def backward(self, saved: Collection[Node]) -> Backward:
+        """The backward for these saved view bases: everything else that it reads is computed again from them, just in time.
+
+        Placeholders are in memory. The order is the partitioner's, which follows autograd: the joint graph's own order from
+        the first reader of a tangent on, with what has to be recomputed right in front of its first reader.
+        """
+        needed, reads = self._closure(saved)
+        start = min((self.position[u] for u in self.after_tangents if u in needed), default=0)
+        done: set[Node] = set()
+        result: list[Node] = []
+        for node in sorted(needed, key=self.position.__getitem__):
+            if self.position[node] >= start and node not in done:
+                for wanted in (*pending(node, needed, done, self.position), node):
+                    done.add(wanted)
+                    result.append(wanted)
+        return Backward(tuple(result), frozenset(view_base(n) for n in reads))
+
+    def _closure(self, saved: Collection[Node]) -> tuple[set[Node], set[Node]]:
+        """Calls to run for the outputs, and what is read from memory for it."""
+        needed: set[Node] = set()
+        reads: set[Node] = set()
+        stack = list(self.outputs)
+        while stack:
+            node = stack.pop()
+            if node in saved or node in self._in_memory:
+                reads.add(node)
+            elif node not in needed:
+                needed.add(node)
+                stack += self._inputs[node]
+        return needed, reads
 
 
 def _drawn(node: Node) -> bool:

@@ -11,6 +11,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
@@ -23,6 +24,7 @@ from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
 from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
 from wtacrs_fx.passes.sample import Sampled, sample
+from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs, primals
 from wtacrs_fx.passes.unfold import unfold_late_sums
@@ -110,6 +112,9 @@ class Work:
         else:
             self._settle()
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
+        for module in self.best:
+            split_seeds(module.graph)
+            module.recompile()  # once for all changes
 
     def _meet_budget(self) -> None:
         """Plan what is recomputed, cut, and look at the result, to which settled sites and the cut itself have added. Where
@@ -203,8 +208,7 @@ class Work:
         # is computed for a draw on one side can be equal to a node of the other.
         forward, backward = self.cut(module, outputs, cse=False)
         severed.join(forward, self.num_fwd_outputs)
-        if unfold_late_sums(backward.graph):
-            backward.recompile()
+        unfold_late_sums(backward.graph)
         return (forward, backward), done, uncut
 
 
@@ -261,4 +265,4 @@ def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
     output = joint.graph.output_node()
     new_output = graph.output(graph.graph_copy(joint.graph, env))
     new_output.meta.update(output.meta)
-    return GraphModule(joint, graph), env
+    return _make_graph_module(joint, graph), env

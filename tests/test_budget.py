@@ -17,7 +17,6 @@ from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
 from wtacrs_fx.passes.liveness import timeline
 from wtacrs_fx.passes.planner import Planner
-from wtacrs_fx.passes.schedule import schedule_backward
 from wtacrs_fx.passes.segments import find_segments, forward_nodes, merge
 from wtacrs_fx.passes.sites import graph_outputs
 from wtacrs_fx.passes.work import REPLANS, Work
@@ -357,7 +356,7 @@ class TestMemoryModel:
     def test_schedule_recomputes_just_in_time(self):
         planner = TestPlanner().planner(2)
         boundaries = {b for s in planner.segments for b in s.handed_on}
-        least = schedule_backward(planner.graph, 1, boundaries)
+        least = planner.order.backward(boundaries)
         forward = set(forward_nodes(planner.graph, 1))
         again = [i for i, n in enumerate(least.nodes) if n in forward and flops(n)]
         assert len(again) >= 12  # q, k, v, scores, attention and the first feed-forward product of two blocks

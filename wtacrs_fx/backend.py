@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from wtacrs_fx import sidecar
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.inductor import compile_inductor
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.partition import partition
 from wtacrs_fx.passes.sites import clean_module_path
@@ -144,24 +145,6 @@ def wtacrs(
     ``options`` are the fields of :class:`wtacrs_fx.Config`; ``mode`` is one of Inductor's and is translated to its options.
     """
     return Backend(Config.from_options(options))(gm, example_inputs, mode=mode)
-
-
-def compile_inductor(
-    gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
-) -> Callable[..., Any]:
-    """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    def compile_graph(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        """Of the forward or the backward, once the partitioner has run."""
-        with torch._inductor.config.patch(partition_fn.inductor):
-            return compile_fx_inner(graph, inputs, **kwargs)
-
-    # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
-    patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
-    patches = {**patches, "custom_partitioner_fn": partition_fn}
-    compiled: Any = compile_fx(gm, example_inputs, inner_compile=compile_graph, config_patches=patches)
-    return compiled
 
 
 def _compile_eager(

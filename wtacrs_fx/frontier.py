@@ -11,8 +11,9 @@ from tabulate import tabulate
 from torch import nn
 from torch.fx import GraphModule
 
-from wtacrs_fx.backend import Partitioner, compile_inductor, dynamo_names
+from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.config import Config
+from wtacrs_fx.inductor import compile_inductor
 from wtacrs_fx.ledger import Prediction, format_bytes
 from wtacrs_fx.passes.partition import explore
 

@@ -66,3 +66,14 @@ def constant_after(token: Tensor, value: int, dtype: torch.dtype) -> Tensor:
 @constant_after.register_fake
 def _(token: Tensor, value: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((), dtype=dtype, device=token.device)
+
+
+@torch.library.custom_op("wtacrs::split_seeds", mutates_args=())
+def split_seeds(seeds: Tensor) -> list[Tensor]:
+    """Every number of int64 [n] as a tensor [1] of its own."""
+    return [seed.clone() for seed in seeds.split(1)]
+
+
+@split_seeds.register_fake
+def _(seeds: Tensor) -> list[Tensor]:
+    return [seeds.new_empty((1,)) for _ in range(seeds.shape[0])]

@@ -1,0 +1,64 @@
+"""Compile with Inductor, and what has to be changed about Inductor for partitions with recomputation."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule
+
+if TYPE_CHECKING:
+    from wtacrs_fx.backend import Partitioner
+
+_MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
+"""Pure functions of ``torch._inductor.sizevars`` that C++ code generation asks again and again."""
+
+
+def compile_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner", mode: str | None
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def compile_graph(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        """Of the forward or the backward, once the partitioner has run."""
+        with torch._inductor.config.patch(partition_fn.inductor), wide_caches():
+            return compile_fx_inner(graph, inputs, **kwargs)
+
+    # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
+    patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
+    patches = {**patches, "custom_partitioner_fn": partition_fn}
+    compiled: Any = compile_fx(gm, example_inputs, inner_compile=compile_graph, config_patches=patches)
+    return compiled
+
+
+@contextlib.contextmanager
+def wide_caches() -> Iterator[None]:
+    """Let Inductor remember all index expressions of a graph that it has simplified.
+
+    Its caches hold 128. A backward that also recomputes and gathers has more distinct ones per layer, so that every layer
+    would be simplified afresh by sympy, which was half of the time of code generation. Results are the same. Nothing is
+    changed where torch has no such functions.
+    """
+    from torch._inductor import sizevars
+    from torch._inductor.codegen import cpp
+
+    wide = {name: getattr(sizevars, name, None) for name in _MEMOISED}
+    wide = {name: functools.cache(f.__wrapped__) for name, f in wide.items() if hasattr(f, "__wrapped__")}
+    with contextlib.ExitStack() as stack:
+        for module in (sizevars, cpp):
+            stack.enter_context(_replaced(module, {n: f for n, f in wide.items() if hasattr(module, n)}))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
+    """Other values for a module's names, inside."""
+    before = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
