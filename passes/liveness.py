@@ -15,7 +15,7 @@ import torch
 from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 
-from wtacrs_fx.passes.cost import Roofline, flops
+from wtacrs_fx.passes.cost import Roofline, flops, launches
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import hint, is_view, view_base
 from wtacrs_fx.passes.sites import graph_outputs
@@ -92,7 +92,8 @@ class Facts:
 
     def seconds(self, kernel: Kernel, roofline: Roofline) -> float:
         """Predicted run time of a kernel."""
-        return roofline.seconds(self.flops(kernel.node), kernel.size + sum(map(self.bytes, kernel.reads)))
+        moved = kernel.size + sum(map(self.bytes, kernel.reads))
+        return roofline.seconds(self.flops(kernel.node), moved, launches(kernel.node))
 
 
 def is_library_call(node: Node) -> bool:

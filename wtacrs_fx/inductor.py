@@ -45,8 +45,8 @@ def wide_caches() -> Iterator[None]:
     from torch._inductor import sizevars
     from torch._inductor.codegen import cpp
 
-    wide = {name: getattr(sizevars, name, None) for name in _MEMOISED}
-    wide = {name: functools.cache(f.__wrapped__) for name, f in wide.items() if hasattr(f, "__wrapped__")}
+    narrow: dict[str, Any] = {name: getattr(sizevars, name, None) for name in _MEMOISED}
+    wide = {name: functools.cache(f.__wrapped__) for name, f in narrow.items() if hasattr(f, "__wrapped__")}
     with contextlib.ExitStack() as stack:
         for module in (sizevars, cpp):
             stack.enter_context(_replaced(module, {n: f for n, f in wide.items() if hasattr(module, n)}))
