@@ -4,7 +4,7 @@
     python -m wtacrs_fx.benchmarks.frontier --render benchmarks/results
 
 All arms of a configuration share their parameters and are timed alternately in one process; compare medians. Every
-configuration becomes a JSON file under ``frontier/``; the table and the plot are made from all files there. CPU only.
+configuration becomes a JSON file under ``frontier/``; the table and the plot are made from all files there.
 
 Gradients are compared for one seed. Those of biases and normalisations are exact in every arm of wtacrs, so they
 prove that the backward has seen the dropout masks of the forward.
@@ -28,7 +28,6 @@ from wtacrs_fx import Backend
 from wtacrs_fx.benchmarks import frontier_report, measure
 from wtacrs_fx.benchmarks.families import FAMILIES, Batch
 from wtacrs_fx.benchmarks.options import add_shape, memory_budget
-from wtacrs_fx.benchmarks.step import gradient_error
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,12 @@ class Trained:
         held_bytes = held.bytes
         del loss
         peaks = measure.peaks(lambda: self.loss().backward(), self.model)
+        device = next(self.model.parameters()).device.type
         return {
             "held_bytes": held_bytes,
             "activation_peak_bytes": peaks.activations,
-            "peak_bytes": measure.peak_bytes(self.step) if len(self.parts) > 1 else peaks.total,
-            "resident_bytes": measure.resident_step_bytes(self.step),
+            "peak_bytes": measure.peak_bytes(self.step, device) if len(self.parts) > 1 else peaks.total,
+            "resident_bytes": measure.resident_step_bytes(self.step) if device == "cpu" else None,
         }
 
     def gradients(self) -> dict[str, Tensor]:
@@ -118,6 +118,7 @@ def main() -> None:
     add_shape(parser, repeats=3)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.3, 0.1])
     parser.add_argument("--budgets", nargs="+", default=["none", "0.5", "0.3", "auto"], help="memory_budget")
+    parser.add_argument("--micro", nargs="*", type=int, default=[], help="arms of wtacrs with micro-batches too")
     parser.add_argument(
         "--only", default=".*", help="arms whose name matches this pattern; the default is always there"
     )
@@ -147,6 +148,9 @@ def arms(args: argparse.Namespace) -> list[Arm]:
         for text in args.budgets:
             backend = Backend(ratio=ratio, memory_budget=memory_budget(text))
             found.append(Arm(f"wtacrs {ratio:g} budget {text}", backend))
+            for micro in args.micro:
+                twin = Backend(ratio=ratio, memory_budget=memory_budget(text))
+                found.append(Arm(f"wtacrs {ratio:g} budget {text}, {micro} micro-batches", twin, micro=micro))
     return [Arm("inductor"), *(a for a in found if re.search(args.only, a.name))]
 
 
@@ -154,7 +158,8 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
     """All arms of one model: memory and gradients first, arm by arm, then times side by side."""
     torch.manual_seed(0)
     model, batch = FAMILIES[family](args.layers, args.batch_size, args.length)
-    model.train()
+    model.train().to(args.device)
+    batch = {name: value.to(args.device) for name, value in batch.items()}
     config: Any = model.config
     hidden = config.d_model if family == "t5" else config.hidden_size
     results: dict[str, dict[str, Any]] = {}
@@ -178,7 +183,7 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
                 results[arm.name]["predicted"] = vars(arm.backend.ledger.predicted)
             steps[arm.name] = trained.step
         print(f"{family}: times", flush=True)
-        for name, times in measure.alternate(steps, args.repeats, warmup=1).items():
+        for name, times in measure.alternate(steps, args.repeats, warmup=1, device=args.device).items():
             results[name] |= {"seconds": times.seconds, "median": times.median}
     return {
         "family": family,
@@ -194,8 +199,8 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
 def errors(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Relative squared errors ``|G' - G|^2 / |G|^2``: median over matrices inside layers, largest over all vectors."""
     matrices = {n: g for n, g in exact.items() if g.dim() == 2 and re.search(r"layer|block|\.h\.", n)}
-    vectors = [gradient_error(grads, {n: g}) for n, g in exact.items() if g.dim() == 1]
-    return {"matrix_error": gradient_error(grads, matrices), "vector_error": max(vectors)}
+    vectors = [measure.relative_error(grads, {n: g}) for n, g in exact.items() if g.dim() == 1]
+    return {"matrix_error": measure.relative_error(grads, matrices), "vector_error": max(vectors)}
 
 
 if __name__ == "__main__":

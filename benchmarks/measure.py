@@ -65,7 +65,7 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    return _largest_sum(size for _, size in _allocations(step))
+    return _largest_sum(size for _, size in _allocations(step, device))
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Peaks:
 
 
 def peaks(backward: Callable[[], object], model: nn.Module) -> Peaks:
-    """Both peaks of ``backward()``, a forward and a backward that leave their gradients in ``.grad``, on CPU.
+    """Both peaks of ``backward()``, a forward and a backward that leave their gradients in ``.grad``.
 
     A gradient counts as one from the allocation of the memory that ends in ``.grad``. Gradients are None before and after.
     """
     model.zero_grad(set_to_none=True)
-    events = _allocations(backward)
+    events = _allocations(backward, next(model.parameters()).device.type)
     addresses = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
     born = {address: i for i, (address, size) in enumerate(events) if size > 0 and address in addresses}
     gradients = set(born.values())
@@ -93,16 +93,18 @@ def peaks(backward: Callable[[], object], model: nn.Module) -> Peaks:
     )
 
 
-def _allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
-    """(address, bytes) of every allocation on CPU during ``run()``, bytes negative where memory is freed, in order."""
+def _allocations(run: Callable[[], object], device: str) -> list[tuple[int, int]]:
+    """(address, bytes) of every allocation on a kind of device during ``run()``, bytes negative where memory is freed, in
+    order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
+        _synchronize(device)
     assert profile.profiler is not None
     events, stack = [], list(profile.profiler.kineto_results.experimental_event_tree())
     while stack:
         event = stack.pop()
         stack += event.children
-        if event.tag.name == "Allocation":
+        if event.tag.name == "Allocation" and event.extra_fields.device.type == device:
             events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
     return [(address, size) for _, address, size in sorted(events, key=lambda e: e[0])]
 
@@ -132,6 +134,12 @@ def resident_step_bytes(step: Callable[[], object]) -> int | None:
 def _status(key: str) -> int:
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+def relative_error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """Median over tensors of ``|X' - X|^2 / |X|^2``; ``found`` may hold more tensors than are compared."""
+    errors = [(found[n] - x).square().sum() / x.square().sum().clamp(min=1e-30) for n, x in exact.items()]
+    return float(torch.stack(errors).median())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import argparse
 
+import torch
+
 from wtacrs_fx.benchmarks.families import FAMILIES
 
 
@@ -12,6 +14,7 @@ def add_shape(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def memory_budget(text: str) -> "float | str | None":
