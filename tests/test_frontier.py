@@ -10,7 +10,7 @@ from helpers import SMALL, Transformer, transformer_batch
 
 def model_and_batch():
     torch.manual_seed(0)
-    return Transformer(width=128, layers=3), transformer_batch(8, 32, 128)
+    return Transformer(width=256, layers=3), transformer_batch(8, 128, 256)  # large enough for sampling to save time
 
 
 def test_exact_and_sampled_plans():
