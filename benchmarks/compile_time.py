@@ -18,16 +18,13 @@ from tabulate import tabulate
 
 from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.benchmarks.families import FAMILIES
-from wtacrs_fx.benchmarks.options import memory_budget
+from wtacrs_fx.benchmarks.options import add_shape, memory_budget
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", default="bert", choices=list(FAMILIES))
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    add_shape(parser, layers=12, batch_size=4)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--budgets", nargs="+", default=["none", "auto"], help="memory_budget: none, auto or a share")
     parser.add_argument("--child", help=argparse.SUPPRESS)

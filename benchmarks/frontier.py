@@ -115,7 +115,9 @@ class Trained:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shape(parser, repeats=3)
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_shape(parser, layers=6, batch_size=16)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.3, 0.1])
     parser.add_argument("--budgets", nargs="+", default=["none", "0.5", "0.3", "auto"], help="memory_budget")
     parser.add_argument("--micro", nargs="*", type=int, default=[], help="arms of wtacrs with micro-batches too")
@@ -146,11 +148,9 @@ def arms(args: argparse.Namespace) -> list[Arm]:
     ]
     for ratio in args.ratios:
         for text in args.budgets:
-            backend = Backend(ratio=ratio, memory_budget=memory_budget(text))
-            found.append(Arm(f"wtacrs {ratio:g} budget {text}", backend))
-            for micro in args.micro:
-                twin = Backend(ratio=ratio, memory_budget=memory_budget(text))
-                found.append(Arm(f"wtacrs {ratio:g} budget {text}, {micro} micro-batches", twin, micro=micro))
+            for micro in (1, *args.micro):
+                name = f"wtacrs {ratio:g} budget {text}" + (f", {micro} micro-batches" if micro > 1 else "")
+                found.append(Arm(name, Backend(ratio=ratio, memory_budget=memory_budget(text)), micro=micro))
     return [Arm("inductor"), *(a for a in found if re.search(args.only, a.name))]
 
 

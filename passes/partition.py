@@ -55,10 +55,7 @@ def partition(
     cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     if not any(is_tangent(n) for n in joint.graph.nodes):
         return (*cut(joint, num_fwd_outputs), None)
-    with (
-        _use_lazy_graph_module(True),
-        paused_collector(),
-    ):  # most modules made on the way are never run: no code for them
+    with many_graphs():
         work = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
         work.run()
     if not work.sites and not work.has_products:
@@ -67,18 +64,20 @@ def partition(
 
 
 @contextlib.contextmanager
-def paused_collector() -> Iterator[None]:
-    """Without Python's cyclic garbage collector: it walks over all graphs again and again and finds nothing, for a third of
-    the time of a partition."""
+def many_graphs() -> Iterator[None]:
+    """Make no code for modules that are never run, and pause Python's cyclic garbage collector: it walks over all graphs
+    again and again and finds nothing, for a third of the time of a partition."""
     was_on = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with _use_lazy_graph_module(True):
+            yield
     finally:
         if was_on:
             gc.enable()
 
 
+@many_graphs()
 def explore(
     joint: GraphModule,
     config: Config,

@@ -36,7 +36,7 @@ def split_seeds(graph: Graph) -> int:
             lookups.setdefault(seeds, []).append(lookup)
     several = {seeds: found for seeds, found in lookups.items() if len(found) > 1}
     for seeds, found in several.items():
-        with graph.inserting_before(next(n for n in graph.nodes if n in found)):
+        with graph.inserting_before(found[0]):  # in graph order
             parts = Emitter(graph, seeds)(wtacrs.split_seeds.default, seeds)
         for lookup in found:
             with graph.inserting_before(lookup):

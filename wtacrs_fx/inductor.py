@@ -1,4 +1,4 @@
-"""Compile with Inductor, and what has to be changed about Inductor for partitions with recomputation."""
+"""Compile with Inductor, and what has to be changed about Inductor for the larger backward graphs of this package."""
 
 import contextlib
 import functools
