@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/wtacrs-fx demo
 
 test: $(INSTALLED) wheel-check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"

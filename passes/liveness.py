@@ -9,7 +9,7 @@ it reads alive until its reader has run.
 import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch._inductor import config as inductor_config
@@ -145,15 +145,18 @@ def timeline(
     for node, i in last.items():
         if node in alive and node not in returned:
             dies[i].append(node)
+    takes = [{} if reuse else _taken_over(g, d, facts) for g, d in zip(groups, dies)]
+    early = {taken for t in takes for new, taken in t.items() if new in stays}
     live = sum(map(facts.bytes, given))
     resident = 0
     lives, residents = [], []
-    for group, dying in zip(real, dies):
-        live += sum(k.size for k in group)
-        resident += sum(k.size for k in group if k.node in stays)
+    for group, dying, take in zip(real, dies, takes):
+        fresh = [k for k in group if k.node not in take]
+        live += sum(k.size for k in fresh)
+        resident += sum(k.size for k in fresh if k.node in stays or k.node in early)
         lives.append(live)
         residents.append(resident)
-        live -= sum(map(facts.bytes, dying))
+        live -= sum(facts.bytes(n) for n in dying if n not in take.values())
     estimate = [a + sum(k.size for k in g if k.internal) for a, g in zip(lives, groups)]
     held = _held_for_reuse(real, dies, estimate, facts) if reuse else [0] * len(groups)
     result = Timeline()
@@ -163,6 +166,25 @@ def timeline(
             result.live.append(a + c)
             result.resident.append(b)
     return result
+
+
+def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) -> dict[Node, Node]:
+    """Output of the kernel -> the buffer whose memory it takes over: of the same size and type, computed in this graph, and
+    read by nothing else then or later. (What the graph was given may belong to somebody else.)"""
+    readers: dict[Node, list[Kernel]] = {}
+    for kernel in group:
+        for node in kernel.reads:
+            readers.setdefault(node, []).append(kernel)
+    taken: dict[Node, Node] = {}
+    for kernel in group:
+        if kernel.library or kernel.internal or kernel.node.target in _REDUCTIONS:
+            continue
+        for node in dying:
+            alone = node.op == "call_function" and readers.get(node) == [kernel] and node not in taken.values()
+            if alone and _key(node, facts) == _key(kernel.node, facts):
+                taken[kernel.node] = node
+                break
+    return taken
 
 
 def _held_for_reuse(
@@ -206,7 +228,7 @@ def _fused(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
 
 
 def _kernels(nodes: Sequence[Node], given: Collection[Node], returned: Collection[Node], facts: Facts) -> list[Kernel]:
-    calls = [n for n in nodes if facts.base(n) is n]
+    calls = _in_lowering_order([n for n in nodes if facts.base(n) is n])
     epoch, count, many = {}, 0, inductor_config.realize_reads_threshold
     users: dict[Node, list[Node]] = {}
     for node in calls:
@@ -217,7 +239,8 @@ def _kernels(nodes: Sequence[Node], given: Collection[Node], returned: Collectio
     inside = set(calls)
     gathered = _gathered(calls, users, facts)
     inlined: dict[Node, frozenset[Node]] = {}
-    kernels = []
+    kernels: list[Kernel] = []
+    optional: set[Node] = set()
     for node in calls:
         found: set[Node] = set()
         for base in facts.inputs(node):
@@ -233,13 +256,26 @@ def _kernels(nodes: Sequence[Node], given: Collection[Node], returned: Collectio
         elif node.target in _REDUCTIONS or node in returned or node in gathered or any(map(facts.library, readers)):
             kernels.append(Kernel(node, reads, size, library=False))
         elif _is_realized(node, readers, reads, many):
-            internal = all(epoch[r] == epoch[node] for r in readers)
-            kernels.append(Kernel(node, reads, size, library=False, internal=internal))
-            if internal:
-                inlined[node] = reads
+            kernels.append(Kernel(node, reads, size, library=False))
+            optional.add(node)
         else:
             inlined[node] = reads
-    return kernels
+    read_at: dict[Node, set[int]] = {}
+    for kernel in kernels:
+        for node in kernel.reads:
+            read_at.setdefault(node, set()).add(epoch[kernel.node])
+    return [replace(k, internal=k.node in optional and read_at.get(k.node) == {epoch[k.node]}) for k in kernels]
+
+
+def _in_lowering_order(calls: Sequence[Node]) -> list[Node]:
+    """The calls with the results of an operation that has several right behind it, where Inductor makes them all."""
+    inside = set(calls)
+    ordered = []
+    for node in calls:
+        if node.target is not operator.getitem:
+            ordered.append(node)
+            ordered += [u for u in node.users if u.target is operator.getitem and u in inside]
+    return ordered
 
 
 def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]], facts: Facts) -> set[Node]:
@@ -261,6 +297,8 @@ def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]], facts
 
 def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node], many: int) -> bool:
     """Inductor's rule for values that it might as well compute again in every reader; ``many`` is its threshold."""
+    if node.target is prims.inductor_random.default:
+        return True
     costly = node.target in _COSTLY and node.meta["val"].device.type == "cpu"
     return (len(readers) > 1 and (costly or len(reads) > many)) or len(reads) > 2 * many
 

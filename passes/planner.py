@@ -41,6 +41,9 @@ SIMULATIONS = 6
 """Combinations that are simulated at most for one target. The dynamic program's sums are not the simulation: where a
 combination misses the target, the next one aims lower by as much."""
 
+SLACK = 1.03
+"""Where the search for a target begins, above it: the dynamic program's sums are a little higher than the simulation."""
+
 TARGETS = 20
 """How many peaks, evenly spaced below that of keeping everything, are planned for."""
 
@@ -171,7 +174,7 @@ class Planner:
 
     def _search(self, peak: int) -> None:
         """Simulate the fastest combinations for a peak, of every granularity, and add them to the pool."""
-        targets = {size: peak for size in SIZES if size == 1 or size < len(self.segments)}
+        targets = {size: int(SLACK * peak) for size in SIZES if size == 1 or size < len(self.segments)}
         found = {size: self._combine(self.table(size), target) for size, target in targets.items()}
         best = math.inf
         for _ in range(SIMULATIONS):

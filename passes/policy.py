@@ -1,6 +1,7 @@
 """Decide: which sites are sampled, when, and how many rows they keep. Writes a plan and touches no graph."""
 
 import fnmatch
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -159,9 +160,11 @@ def draw_group(site: Site) -> tuple:
 
 
 def view_base(node: Node) -> Node:
-    """The tensor that a node is a view of (the node itself if it is none)."""
-    while node.op == "call_function" and is_view(node) and isinstance(node.args[0], Node):
-        node = node.args[0]
+    """The tensor that a node is a view of (the node itself if it is none); also of one of several views (split)."""
+    while node.op == "call_function" and isinstance(source := node.args[0] if node.args else None, Node):
+        if not is_view(source if node.target is operator.getitem else node):
+            break
+        node = source
     return node
 
 

@@ -15,18 +15,13 @@ without dropout), are not needed. Operations that draw random numbers are never 
 import operator
 from collections.abc import Collection, Mapping
 
-import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tensor
-from wtacrs_fx.passes.liveness import is_library_call
-from wtacrs_fx.passes.policy import is_view, view_base
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask
 from wtacrs_fx.passes.schedule import pending
 from wtacrs_fx.passes.segments import forward_nodes
 
-aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
@@ -57,19 +52,12 @@ def recompute(graph: Graph, num_fwd_outputs: int, nodes: Collection[Node], saved
 
 
 class _Copier:
-    """Puts copies in front of their first readers, and in such a way that Inductor cannot run them earlier.
-
-    Copies depend on nothing but saved tensors. Inductor fuses pointwise operations of equal shape that read anything in
-    common, be it the seeds of dropout, and would compute those of all segments in one kernel when the backward begins. So
-    what they read is multiplied by a 1 (added to a 0) that exists only after the last matrix product before them.
-    """
+    """Puts copies right in front of their first readers. They depend on nothing but saved tensors, so it takes
+    :class:`wtacrs_fx.order.GraphOrder` that Inductor runs them there and not when the backward begins."""
 
     def __init__(self, graph: Graph, wanted: Collection[Node], position: Mapping[Node, int]) -> None:
         self.graph, self.wanted, self.position = graph, wanted, position
         self.copies: dict[Node, Node] = {}
-        self.token: Node | None = None
-        self.delayed: dict[tuple[Node, Node], Node] = {}
-        self.constants: dict[tuple[Node, torch.dtype], Node] = {}
 
     def serve(self, reader: Node) -> None:
         """Let a node of the backward read copies."""
@@ -78,41 +66,9 @@ class _Copier:
                 copy = self.graph.node_copy(node, lambda n: self.copies.get(n, n))
             copy.meta["partitioner_tag"] = "must_be_in_backward"
             self.copies[node] = copy
-            if not is_view(node) and not is_library_call(node) and node.target is not operator.getitem:
-                with self.graph.inserting_before(copy):
-                    self._delay(node, copy)
         for source in reader.all_input_nodes:
             if source in self.copies:
                 reader.replace_input_with(source, self.copies[source])
-        if is_library_call(reader) and is_tensor(reader):
-            self.token = reader
-
-    def _delay(self, node: Node, copy: Node) -> None:
-        """Let the copy read delayed tensors where it reads what is in memory from the beginning."""
-        for source in node.all_input_nodes:
-            base = view_base(source)
-            if self.token is None or not is_tensor(source) or source.meta["val"].dtype is torch.bool:
-                continue
-            if source.target is prims.inductor_lookup_seed.default:  # the seeds themselves must stay a buffer
-                copy.replace_input_with(self.copies.get(source, source), self._after(self.copies.get(source, source)))
-            elif source in self.wanted or base in self.wanted or node.target is prims.inductor_lookup_seed.default:
-                continue
-            elif base.op != "placeholder" or not source.meta["val"].dtype.is_floating_point:  # no parameter
-                copy.replace_input_with(source, self._after(source))
-
-    def _after(self, source: Node) -> Node:
-        assert self.token is not None
-        key = (source, self.token)
-        if key not in self.delayed:
-            emit = Emitter(self.graph, source, tag="must_be_in_backward")
-            dtype = source.meta["val"].dtype
-            floating = dtype.is_floating_point
-            if (self.token, dtype) not in self.constants:
-                after = emit(wtacrs.constant_after.default, self.token, int(floating), dtype)
-                self.constants[self.token, dtype] = after
-            operation = aten.mul.Tensor if floating else aten.add.Tensor
-            self.delayed[key] = emit(operation, source, self.constants[self.token, dtype])
-        return self.delayed[key]
 
 
 def protect_draws(graph: Graph) -> int:

@@ -163,8 +163,7 @@ class Work:
 
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
-        planned = self.recomputation is not None and bool(self.recomputation.recomputed)
-        reuse = not planned if self.config.reuse is None else self.config.reuse
+        reuse = not self.recomputed if self.config.reuse is None else self.config.reuse
         return predict(self.best, self.weights, self.device, reuse=reuse)
 
     def _recompute(self, plan: Plan) -> None:
@@ -181,6 +180,7 @@ class Work:
             predicted_exact=self.prediction,
             predicted=self.predicted(),
             parts=tuple(parts(self.recomputation)) if self.recomputation else (),
+            recomputed=len(self.recomputed),
         )
 
     def _saved(self) -> set[str]:

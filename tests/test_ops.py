@@ -17,13 +17,6 @@ def test_opcheck_select_rows(estimator, k):
     opcheck(ops.select_rows.default, (torch.rand(20), torch.tensor([3]), 1, k, estimator))
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(1, torch.float32), (1, torch.bfloat16), (0, torch.int64)])
-def test_constant_after(value, dtype):
-    opcheck(ops.constant_after.default, (torch.rand(3), value, dtype))
-    constant = ops.constant_after(torch.full((3,), torch.nan), value, dtype)  # the token's numbers do not matter
-    assert (constant.shape, constant.dtype, constant.item()) == ((), dtype, value)
-
-
 def test_opcheck_draw_seed():
     opcheck(ops.draw_seed.default, (torch.device("cpu"), None))
 

@@ -147,15 +147,6 @@ class TestRecompute:
         assert protect_draws(joint.graph) == drawing
         assert protect_draws(joint.graph) == 0
 
-    def test_copies_wait_for_the_gradient(self):
-        """Each segment's copies depend on a product of the segment behind it."""
-        joint, segments = self.prepared()
-        for segment in segments[1:4]:
-            recompute(joint.graph, 1, set(segment.nodes) - set(segment.handed_on))
-        gates = joint.graph.find_nodes(op="call_function", target=torch.ops.wtacrs.constant_after.default)
-        assert len(gates) >= 2
-        assert all(g.args[0].target in (aten.mm.default, aten.bmm.default) for g in gates)
-
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

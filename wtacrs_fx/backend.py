@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from wtacrs_fx import sidecar
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.inductor import compile_inductor
+from wtacrs_fx.inductor import ORDERED, compile_inductor
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.partition import partition
 from wtacrs_fx.passes.sites import clean_module_path
@@ -55,10 +55,7 @@ class Partitioner(CustomPartitionerFn):
         forward, backward, ledger = partition(gm, joint_inputs, config=self.config, names=self.names, **kwargs)
         if ledger is not None:
             self.publish(ledger)
-        # Where segments are computed again, the plan is for kernels in the order of the graph; and dead buffers that Inductor
-        # keeps for later ones would be alive while other segments run.
-        recomputes = ledger is not None and any(p.decision == "recompute" for p in ledger.parts)
-        options = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False} if recomputes else {}
+        options = ORDERED if ledger is not None and ledger.recomputed else {}
         self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
         return forward, backward
 

@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
+from wtacrs_fx.order import GraphOrder
+
 if TYPE_CHECKING:
     from wtacrs_fx.backend import Partitioner
+
+ORDERED: dict[str, Any] = {
+    "_pre_fusion_custom_pass": GraphOrder(),
+    "allow_buffer_reuse": False,
+    "reorder_for_peak_memory": False,
+}
+"""Inductor's options for graphs in which segments are computed again: their plan is for kernels in the order of the graph, and
+dead buffers that Inductor keeps for later ones would be alive while other segments run."""
 
 _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 """Pure functions of ``torch._inductor.sizevars`` that C++ code generation asks again and again."""

@@ -71,6 +71,9 @@ class Ledger:
     predicted: Prediction | None = None
     parts: tuple[Part, ...] = ()
     """Segments, where a memory budget was asked for."""
+    recomputed: int = 0
+    """Operations of the forward that the backward is told to compute again: by the plan for the memory budget, and by the
+    user's own checkpoint regions. (The partitioner adds cheap ones of its own.)"""
 
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
@@ -89,7 +92,7 @@ class Ledger:
         entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in data["entries"])
         parts = tuple(Part(**{**p, "kept": tuple(p["kept"])}) for p in data["parts"])
         exact, now = (Prediction(**data[k]) if data[k] else None for k in ("predicted_exact", "predicted"))
-        return cls(entries, data["saved_bytes_exact"], data["saved_bytes"], exact, now, parts)
+        return cls(entries, data["saved_bytes_exact"], data["saved_bytes"], exact, now, parts, data["recomputed"])
 
     def table(self) -> str:
         """One line per site and the totals, as text."""

@@ -54,20 +54,6 @@ def _(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> 
     return importance.new_empty((n,), dtype=torch.int64), importance.new_empty((n,), dtype=torch.float32)
 
 
-@torch.library.custom_op("wtacrs::constant_after", mutates_args=())
-def constant_after(token: Tensor, value: int, dtype: torch.dtype) -> Tensor:
-    """The scalar ``value``, not before ``token`` has been computed, whose numbers are not read.
-
-    What is multiplied by this 1 or added to this 0 keeps its value to the bit, and no compiler can compute it earlier.
-    """
-    return torch.full((), value, dtype=dtype, device=token.device)
-
-
-@constant_after.register_fake
-def _(token: Tensor, value: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty((), dtype=dtype, device=token.device)
-
-
 @torch.library.custom_op("wtacrs::split_seeds", mutates_args=())
 def split_seeds(seeds: Tensor) -> list[Tensor]:
     """Every number of int64 [n] as a tensor [1] of its own."""

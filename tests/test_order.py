@@ -1,0 +1,87 @@
+"""Kernels of planned graphs run where the graph has them."""
+
+import pytest
+import torch
+
+import wtacrs_fx
+from wtacrs_fx.order import GraphOrder
+
+from helpers import Transformer, gradients, transformer_batch
+
+
+class _Node:
+    """What the pass asks of Inductor's scheduler nodes."""
+
+    def __init__(self, name: str, extern: bool, scheduler: "_Scheduler") -> None:
+        self.name, self.extern, self.scheduler = name, extern, scheduler
+        self.after: list[str] = []
+
+    def get_name(self) -> str:
+        return f"op_{self.name}"
+
+    def get_buffer_names(self) -> list[str]:
+        return [self.name]
+
+    def is_extern(self) -> bool:
+        return self.extern
+
+    def add_fake_dep(self, dep) -> None:
+        assert dep.is_fake  # order alone: keeps no buffer alive
+        self.after.append(dep.name)
+
+
+class _Scheduler:
+    ancestors = 0
+
+    def compute_ancestors(self) -> None:
+        self.ancestors += 1
+
+
+def test_dependencies():
+    scheduler = _Scheduler()
+    nodes = [_Node(n, n[0] == "M", scheduler) for n in ("a", "b", "M1", "c", "d", "M2", "M3", "e")]
+    assert GraphOrder()(nodes) == nodes
+    after = {n.name: n.after for n in nodes}
+    assert after == {
+        "a": [],
+        "b": [],
+        "M1": ["a", "b"],
+        "c": ["M1"],
+        "d": ["M1"],
+        "M2": ["M1", "c", "d"],
+        "M3": ["M2"],
+        "e": ["M3"],
+    }
+    assert scheduler.ancestors == 1  # what Inductor's fusion looks at
+    assert GraphOrder()([]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regions", [False, True])
+def test_only_where_something_is_computed_again(monkeypatch, regions):
+    """Plans run in order, and so do the user's checkpoint regions; nothing else does. Gradients are the exact ones."""
+    calls = []
+    order = GraphOrder.__call__
+    monkeypatch.setattr(GraphOrder, "__call__", lambda self, nodes: calls.append(len(nodes)) or order(self, nodes))
+    torch.manual_seed(0)
+    model, batch = Transformer(width=64, layers=3), transformer_batch(4, 32, 64)
+    exact = gradients(model, *batch)
+
+    def run(budget, call) -> int:
+        torch._dynamo.reset()
+        calls.clear()
+        backend = wtacrs_fx.Backend(ratio=1.0, memory_budget=budget, min_rows=1, min_bytes=0)
+        found = gradients(model, *batch, call=torch.compile(call, backend=backend))
+        for name, value in exact.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+        return len(calls)
+
+    if regions:
+
+        def checkpointed(*args):
+            return torch.utils.checkpoint.checkpoint(model, *args, use_reentrant=False)
+
+        assert run(None, checkpointed) == 2
+    else:
+        assert run(None, model) == 0
+        assert run(0.6, model) == 2  # forward and backward

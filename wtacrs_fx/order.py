@@ -1,0 +1,40 @@
+"""Let Inductor run the kernels of a planned graph where the graph has them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from torch._inductor.custom_graph_pass import CustomSchedulerPass
+from torch._inductor.dependencies import WeakDep
+
+
+class GraphOrder(CustomSchedulerPass):
+    """Runs before Inductor fuses: every kernel waits for the library call (matrix product, fused attention) in front of it,
+    and every library call for the kernels in front of it. Kernels between two library calls are fused as ever.
+
+    Without it Inductor fuses any two kernels of equal shape that read something in common, also where library calls lie
+    between them: the dropout masks of all layers, or a softmax that is computed again and the softmax's gradient. That
+    saves reads, but everything they read and write is then in memory at once, where a plan counts on each tensor from its
+    place in the graph on.
+    """
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        """Add dependencies to Inductor's scheduler nodes, which are in graph order. They stand for order alone
+        (``is_fake``) and keep no buffer alive."""
+        call: list[str] = []
+        kernels: list[str] = []
+        for node in nodes:
+            for name in [*call, *kernels] if node.is_extern() else call:
+                node.add_fake_dep(WeakDep(name, mutating_buf=node.get_name(), is_fake=True))
+            result = list(node.get_buffer_names())[:1]
+            if node.is_extern():
+                call, kernels = result or call, []
+            else:
+                kernels += result
+        if nodes:
+            nodes[0].scheduler.compute_ancestors()
+        return nodes
+
+    def uuid(self) -> str:
+        """Identity for Inductor's caches: this source."""
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
