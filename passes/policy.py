@@ -143,8 +143,12 @@ def _is_narrow(site: Site) -> bool:
 
 def rows_kept(rows: "int | torch.SymInt", ratio: float) -> "int | torch.SymInt":
     """``ceil(ratio * rows)``, for symbolic sizes too."""
-    share = ratio_fraction(ratio)
-    return (rows * share.numerator + share.denominator - 1) // share.denominator
+    return ceil_share(rows, ratio_fraction(ratio).as_integer_ratio())
+
+
+def ceil_share(rows: "int | torch.SymInt", share: tuple[int, int]) -> "int | torch.SymInt":
+    """``ceil(rows * a / b)`` for ``share = (a, b)``, in whole numbers."""
+    return (rows * share[0] + share[1] - 1) // share[1]
 
 
 def ratio_fraction(ratio: float) -> Fraction:
@@ -182,19 +186,26 @@ def is_view(node: Node) -> bool:
 
 
 def _why_exact(site: Site, config: Config) -> str:
-    rows, value = site.activation.rows, site.activation.value
+    value = site.activation.value
     nbytes = hint(value.numel()) * value.dtype.itemsize
-    matches = [p for p in config.exclude if fnmatch.fnmatchcase(site.module, p)]
+    reason = excluded(site.module, config) or too_small(hint(site.activation.rows), nbytes, config)
+    return reason or ("meta tensor" if value.device.type == "meta" else "")
+
+
+def excluded(module: str, config: Config) -> str:
+    """Why the options leave a module exact whatever its size; empty if they do not."""
+    matches = [p for p in config.exclude if fnmatch.fnmatchcase(module, p)]
     if matches:
         return f"excluded by {matches[0]!r}"
-    if not any(fnmatch.fnmatchcase(site.module, p) for p in config.include):
+    if not any(fnmatch.fnmatchcase(module, p) for p in config.include):
         return "not in include"
-    if config.ratio == 1:
-        return "ratio 1 keeps every row"
-    if hint(rows) < config.min_rows:
-        return f"below min_rows ({hint(rows)} < {config.min_rows})"
+    return "ratio 1 keeps every row" if config.ratio == 1 else ""
+
+
+def too_small(rows: int, nbytes: int, config: Config) -> str:
+    """Why an input of so many rows and bytes stays exact; empty if it is sampled."""
+    if rows < config.min_rows:
+        return f"below min_rows ({rows} < {config.min_rows})"
     if nbytes < config.min_bytes:
         return f"below min_bytes ({nbytes} < {config.min_bytes})"
-    if value.device.type == "meta":
-        return "meta tensor"
     return ""
