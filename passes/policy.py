@@ -1,6 +1,7 @@
 """Decide: which sites are sampled, when, and how many rows they keep. Writes a plan and touches no graph."""
 
 import fnmatch
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -12,6 +13,8 @@ from torch.fx import Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.sites import Site
+
+aten, prims = torch.ops.aten, torch.ops.prims
 
 MIN_LATE_WIDTH = 128
 """A late site reads H and G once more for their norms (2 FLOPs an element) to save ``1 - ratio`` of a product with
@@ -188,8 +191,17 @@ def is_view(node: Node) -> bool:
 def _why_exact(site: Site, config: Config) -> str:
     value = site.activation.value
     nbytes = hint(value.numel()) * value.dtype.itemsize
+    if "wtacrs.keep_rows" in str(_producer(view_base(site.activation.source)).target):
+        return "rows kept by rewrite()"
     reason = excluded(site.module, config) or too_small(hint(site.activation.rows), nbytes, config)
     return reason or ("meta tensor" if value.device.type == "meta" else "")
+
+
+def _producer(node: Node) -> Node:
+    """The op with several results that the node is one of, also behind a cast; else the node itself."""
+    while node.target in (operator.getitem, prims.convert_element_type.default, aten._to_copy.default):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def excluded(module: str, config: Config) -> str:

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 PRODUCTS = (aten.mm.default, aten.bmm.default)
 CONTRACTIONS = (*PRODUCTS, aten.addmm.default, aten.baddbmm.default, aten.convolution_backward.default)
-_TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
+TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def find_sites(
         activation_first = kinds[first] is Kind.ACTIVATION
         left, right = _operand(first, -1), _operand(second, -2)
         activation, gradient = (left, right) if activation_first else (right, left)
-        found.append(Site(node, activation, gradient, activation_first, _name(node, names.get(parameter, ""))))
+        found.append(Site(node, activation, gradient, activation_first, module_of(node, names.get(parameter, ""))))
     return found
 
 
@@ -95,7 +95,7 @@ def _is_matrix(node: Node) -> bool:
 
 def _operand(node: Node, dim: int) -> Operand:
     """Strip transposes of the last two dimensions; ``dim`` (-1 or -2) is the contracted one."""
-    while node.target in _TRANSPOSES and isinstance(source := node.args[0], Node):
+    while node.target in TRANSPOSES and isinstance(source := node.args[0], Node):
         order = _permutation(node)
         rank = len(order)
         if order == list(range(rank)):
@@ -144,7 +144,7 @@ def _parameter_of(node: Node, kinds: Mapping[Node, Kind], grads: Mapping[Node, N
     return parameter
 
 
-def _name(node: Node, parameter: str) -> str:
+def module_of(node: Node, parameter: str) -> str:
     """Module name of a site: where the product was written, or the parameter itself if that is not a ``weight``."""
     stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
     module = clean_module_path(next(reversed(stack.values()))[0]) if stack else ""

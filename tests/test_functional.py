@@ -200,7 +200,10 @@ class TestKept:
         ],
     )
     def test_exact_inputs(self, operand, options):
-        assert RowSampler(Config(**{**SMALL, **options}))(operand, torch.ones(8, 16, requires_grad=True)) == (None, None)
+        assert RowSampler(Config(**{**SMALL, **options}))(operand, torch.ones(8, 16, requires_grad=True)) == (
+            None,
+            None,
+        )
 
     def test_leading_dimensions_that_do_not_agree_stay_exact(self):
         sampler = RowSampler(Config(**SMALL))

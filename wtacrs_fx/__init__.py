@@ -11,6 +11,8 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, InvariantError, WtacrsWarning
 from wtacrs_fx.frontier import Frontier, frontier
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.rewrite import rewrite
+from wtacrs_fx.swap import restore_linears, swap_linears
 
 __all__ = [
     "Backend",
@@ -23,4 +25,7 @@ __all__ = [
     "frontier",
     "ledgers",
     "partitioner",
+    "restore_linears",
+    "rewrite",
+    "swap_linears",
 ]

@@ -36,7 +36,9 @@ def keep_rows(matrix: Tensor, seed: Tensor, stream: int, k: int, estimator: str)
     wide = torch.promote_types(matrix.dtype, torch.float32)
     importance = torch.linalg.vector_norm(matrix, dim=-1, dtype=wide)
     rows, scale = wtacrs.select_rows(importance, seed, stream, k, estimator)
-    kept = _rows_of(matrix, rows).to(wide) * scale.unsqueeze(-1)  # a scale rounded to bfloat16 would bias every row alike
+    kept = _rows_of(matrix, rows).to(wide) * scale.unsqueeze(
+        -1
+    )  # a scale rounded to bfloat16 would bias every row alike
     return kept.to(matrix.dtype), rows
 
 
@@ -224,8 +226,7 @@ class RowSampler(nn.Module):
         self.share = ratio_fraction(config.ratio).as_integer_ratio()
 
     def forward(self, operand: Tensor, *partners: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        wanted = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in partners)
-        matrix = self._matrix(operand, partners) if wanted else None
+        matrix = self._matrix(operand, partners) if self.wanted(*partners) else None
         if matrix is None or not matrix.is_floating_point():
             return None, None
         nbytes = matrix.numel() * matrix.element_size()
@@ -238,6 +239,10 @@ class RowSampler(nn.Module):
             if torch.is_autocast_enabled(kept.device.type):
                 kept = kept.to(torch.get_autocast_dtype(kept.device.type))
         return kept, rows
+
+    def wanted(self, *partners: Tensor) -> bool:
+        """Whether a gradient will be asked for, of which rows can be an estimate."""
+        return self.training and torch.is_grad_enabled() and any(p.requires_grad for p in partners)
 
     def _matrix(self, operand: Tensor, partners: tuple[Tensor, ...]) -> Tensor | None:
         if operand.dim() < 2 or operand.layout is not torch.strided:
