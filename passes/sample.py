@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
-from wtacrs_fx.passes.sever import Severed
+from wtacrs_fx.passes.sever import Cuts
 from wtacrs_fx.passes.sites import Operand, Site
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
@@ -45,9 +45,7 @@ class Sampled:
     """Site's product in the original graph -> its replacement."""
 
 
-def sample(
-    graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], severed: Severed, config: Config
-) -> Sampled:
+def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], severed: Cuts, config: Config) -> Sampled:
     """Rewrite every early and late site of the plan; exact ones, and a graph without any, stay as they are.
 
     Args:
@@ -73,7 +71,7 @@ def sample(
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, env: Mapping[Node, Node], severed: Severed, config: Config) -> None:
+    def __init__(self, graph: Graph, env: Mapping[Node, Node], severed: Cuts, config: Config) -> None:
         self.graph, self.env, self.severed, self.config = graph, env, severed, config
         self.start = next(n for n in graph.nodes if n.op != "placeholder")
         self.streams = 0

@@ -28,6 +28,7 @@ from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs, primals
 from wtacrs_fx.passes.unfold import unfold_late_sums
+from wtacrs_fx.passes.watch import watch
 
 REPLANS = 3
 """How often the recomputation is planned at most where a finished partition misses the budget."""
@@ -113,7 +114,8 @@ class Work:
             self._settle()
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
         for module in self.best:
-            split_seeds(module.graph)
+            with watch("split_seeds", module.graph, self.config.verbose):
+                split_seeds(module.graph)
             module.recompile()  # once for all changes
 
     def _meet_budget(self) -> None:
@@ -174,8 +176,8 @@ class Work:
         self.starts = {by_name[n.name]: why for n, why in plan.starts.items() if n.name in by_name}
 
     def ledger(self) -> Ledger:
-        exact, now = self.exact[0], self.best[0]
-        ledger = build_ledger(self.plan, self.done, exact, now, self.num_fwd_outputs, self.weights)
+        exact, now = (saved_tensors(p[0], self.num_fwd_outputs) for p in (self.exact, self.best))
+        ledger = build_ledger(self.plan, self.done, exact, now, self.weights)
         return replace(
             ledger,
             predicted_exact=self.prediction,
@@ -199,16 +201,19 @@ class Work:
     def _attempt(self, plan: Sequence[Decision]) -> tuple[Partition, Sampled, Uncut]:
         module, env = copy_joint(self.joint)
         severed = Severed(module.graph)
-        done = sample(module.graph, plan, env, severed, self.config)
+        with watch("sample", module.graph, self.config.verbose):
+            done = sample(module.graph, plan, env, severed, self.config)
         outputs = severed.extend_outputs(self.num_fwd_outputs)
-        recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
+        with watch("recompute", module.graph, self.config.verbose):
+            recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
         module.graph.lint()
         uncut = Uncut(module.graph, outputs)
         # Torch must not merge equal nodes again: copies are equal to their originals until the cut has parted them, and what
         # is computed for a draw on one side can be equal to a node of the other.
         forward, backward = self.cut(module, outputs, cse=False)
         severed.join(forward, self.num_fwd_outputs)
-        unfold_late_sums(backward.graph)
+        with watch("unfold_late_sums", backward.graph, self.config.verbose):
+            unfold_late_sums(backward.graph)
         return (forward, backward), done, uncut
 
 

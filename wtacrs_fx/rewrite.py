@@ -21,8 +21,7 @@ from wtacrs_fx.passes.forward import SAMPLERS, SampledProducts, sample_products
 from wtacrs_fx.passes.kinds import classify
 from wtacrs_fx.passes.policy import hint, rows_kept
 from wtacrs_fx.passes.products import FROZEN, Product, draw_shape, find_products, linear_weights, tensor_of
-
-wtacrs = torch.ops.wtacrs
+from wtacrs_fx.passes.watch import watch
 
 
 def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> GraphModule:
@@ -50,20 +49,26 @@ def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> Grap
         ValueError: the graph was rewritten before; the example inputs do not fit; an option outside of its range.
     """
     config = Config.from_options(options)
-    _check_traced(gm)
+    check_traced(gm, "rewrite")
     result = share(gm)
     inputs = flatten_inputs(result, example_inputs)
     bytes_exact = propagate(result, inputs)
     products = find_products(result, classify(result.graph, _weights(result, inputs)), config)
     ops = {p.node: _op_name(result, p.node) for p in products}
-    done = sample_products(result, products, config)
+    with watch("sample_products", result.graph, config.verbose):
+        done = sample_products(result, products, config)
     entries = tuple(_entries(result, products, ops, done, config))
     result.meta["wtacrs_ledger"] = ledger = Ledger(entries, bytes_exact, propagate(result, inputs))
+    report(ledger, config)
+    return result
+
+
+def report(ledger: Ledger, config: Config) -> None:
+    """Say what a user should hear: the table if verbose, a warning if nothing is sampled or a name matches nothing."""
     if config.verbose:
         print(ledger.table(), file=sys.stderr)
     for message in complaints(ledger, config):
-        warnings.warn(message, WtacrsWarning, stacklevel=2)
-    return result
+        warnings.warn(message, WtacrsWarning, stacklevel=3)
 
 
 def share(gm: GraphModule) -> GraphModule:
@@ -169,15 +174,16 @@ def _fake(mode: FakeTensorMode) -> Callable[[Any], Any]:
     return fake
 
 
-def _check_traced(gm: Any) -> None:
+def check_traced(gm: Any, caller: str) -> None:
+    """Raise TypeError unless ``gm`` is a GraphModule, ValueError if it was rewritten before."""
     if not isinstance(gm, GraphModule):
         raise TypeError(
-            f"rewrite() takes a torch.fx.GraphModule, not {type(gm).__name__}. Trace the model first: "
+            f"{caller}() takes a torch.fx.GraphModule, not {type(gm).__name__}. Trace the model first: "
             "torch.fx.symbolic_trace(model), make_fx(model)(*inputs) or torch.export.export(model, inputs).module(); for code "
             "that nothing can trace there is wtacrs_fx.swap_linears(model)."
         )
-    found = [n.name for n in gm.graph.nodes if n.target in (wtacrs.linear.default, wtacrs.matmul.default)]
-    if found or hasattr(gm, SAMPLERS):
+    found = [n.name for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "wtacrs"]
+    if found:
         raise ValueError(
             f"this graph was rewritten already (node {', '.join(found[:3])}); rewrite the graph it was made of."
         )
