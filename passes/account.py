@@ -11,6 +11,7 @@ from wtacrs_fx.passes.liveness import buffer_bytes
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import saved_tensors
+from wtacrs_fx.passes.sites import module_of
 
 
 def build_ledger(
@@ -53,6 +54,23 @@ def build_ledger(
             )
         )
     return Ledger(tuple(entries), sum(storages(exact, weights).values()), sum(storages(now, weights).values()))
+
+
+def fused_entry(node: Node) -> Entry:
+    """A line for fused attention, which has no products that could be sampled."""
+    query = next((n for n in node.all_input_nodes if is_tensor(n)), node).meta["val"]
+    return Entry(
+        module=module_of(node, ""),
+        op=str(node.target),
+        shape=tuple(_size(s) for s in query.shape),
+        dtype=str(query.dtype).removeprefix("torch."),
+        rows=_size(query.shape[-2]),
+        kept=_size(query.shape[-2]),
+        bytes_exact=0,
+        bytes_now=0,
+        decision="exact",
+        reason="fused attention has no separate products",
+    )
 
 
 def saved_bytes(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> int:

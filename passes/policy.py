@@ -55,10 +55,11 @@ class Decision:
 
 def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
     """First plan: every site that the options admit is sampled, late if that is allowed, because a late site has the least
-    noise and may cost no bytes at all; :func:`settle` turns those that do cost bytes into early ones."""
-    first = Action.LATE if config.late == "sample" else Action.EARLY
+    noise and may cost no bytes at all; :func:`settle` turns those that do cost bytes into early ones. Attention's are early:
+    a head is mostly too narrow for a late site, and what its operands are computed from is as large as they are."""
     plan = []
     for site in sites:
+        first = Action.LATE if config.late == "sample" and not site.is_attention else Action.EARLY
         reason = _why_exact(site, config)
         k = 0 if reason else rows_kept(site.activation.rows, config.ratio)
         plan.append(Decision(site, Action.EXACT if reason else first, reason, k, draw_group(site)))

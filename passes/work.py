@@ -16,7 +16,7 @@ from torch.fx._lazy_graph_module import _make_graph_module
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.account import build_ledger, saved_bytes
+from wtacrs_fx.passes.account import build_ledger, fused_entry, saved_bytes
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
@@ -26,7 +26,7 @@ from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regio
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
-from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs, primals
+from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, fused_attention, gradient_outputs, primals
 from wtacrs_fx.passes.unfold import unfold_late_sums
 from wtacrs_fx.passes.watch import watch
 
@@ -76,7 +76,7 @@ class Work:
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
-        sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names))
+        sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
         plan = decide(sites, config)
         return cls(
             joint,
@@ -178,6 +178,8 @@ class Work:
     def ledger(self) -> Ledger:
         exact, now = (saved_tensors(p[0], self.num_fwd_outputs) for p in (self.exact, self.best))
         ledger = build_ledger(self.plan, self.done, exact, now, self.weights)
+        fused = fused_attention(self.joint.graph, self.kinds) if self.config.attention else []
+        ledger = replace(ledger, entries=(*ledger.entries, *map(fused_entry, fused)))
         return replace(
             ledger,
             predicted_exact=self.prediction,

@@ -65,7 +65,7 @@ def rewrite_joint(
     kinds = classify(graph, weights, begin)
     _check_functional(graph, kinds)
     names = {n: str(n.target) for n in weights}
-    plan = decide(find_sites(graph, kinds, grads, names), config)
+    plan = decide(find_sites(graph, kinds, grads, names, config.attention), config)
     saved = {view_base(n).name for n in handed_over(graph, kinds)}
     plan, _ = settle(plan, saved, needed_whole(plan, kinds), config)
     with watch("sample", graph, config.verbose):
