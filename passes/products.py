@@ -47,7 +47,7 @@ class Product:
     beta: Any = 1
     alpha: Any = 1
     sampled: tuple[bool, ...] = (False, False)
-    """Whether left, right depend on the batch, so that rows of them can stand in for them."""
+    """Whether rows of left, right stand in for them: those that depend on the batch."""
     module: str = ""
     reason: str = ""
     """Why the product is left as it is; empty if it is rewritten."""

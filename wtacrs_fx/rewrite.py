@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> Grap
         gm: from ``torch.fx.symbolic_trace``, ``make_fx`` or ``torch.export.export(...).module()``. It is not changed; the
             result shares its parameters, buffers and submodules, under their names.
         example_inputs: the call's positional arguments (a tensor, or a tuple), or a dict by placeholder name. They are used
-            for their shapes, and inputs that are ``nn.Parameter`` count as weights. Without them the shapes that the tracer
-            has left are used, and where there are none every size is decided about when the module runs.
+            for their shapes, and inputs that are ``nn.Parameter`` count as weights. With shapes it is known which inputs
+            another op saves in any case: those stay exact. Without them the shapes that the tracer has left are used, and
+            where there are none every size is decided about when the module runs.
         options: fields of :class:`wtacrs_fx.Config`. ``late``, ``memory_budget`` and those about Inductor have no effect.
 
     Returns:
@@ -52,13 +54,15 @@ def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> Grap
     check_traced(gm, "rewrite")
     result = share(gm)
     inputs = flatten_inputs(result, example_inputs)
-    bytes_exact = propagate(result, inputs)
-    products = find_products(result, classify(result.graph, _weights(result, inputs)), config)
+    bytes_exact = sum(propagate(result, inputs).values())
+    products = _find(result, inputs, config)
+    if inputs is not None:
+        products = _settle(gm, inputs, products, config)
     ops = {p.node: _op_name(result, p.node) for p in products}
     with watch("sample_products", result.graph, config.verbose):
         done = sample_products(result, products, config)
     entries = tuple(_entries(result, products, ops, done, config))
-    result.meta["wtacrs_ledger"] = ledger = Ledger(entries, bytes_exact, propagate(result, inputs))
+    result.meta["wtacrs_ledger"] = ledger = Ledger(entries, bytes_exact, sum(propagate(result, inputs).values()))
     report(ledger, config)
     return result
 
@@ -69,6 +73,35 @@ def report(ledger: Ledger, config: Config) -> None:
         print(ledger.table(), file=sys.stderr)
     for message in complaints(ledger, config):
         warnings.warn(message, WtacrsWarning, stacklevel=3)
+
+
+def _find(gm: GraphModule, inputs: Sequence[Any] | None, config: Config) -> list[Product]:
+    return find_products(gm, classify(gm.graph, _weights(gm, inputs)), config)
+
+
+def _settle(gm: GraphModule, inputs: Sequence[Any], products: Sequence[Product], config: Config) -> list[Product]:
+    """Leave operands alone that autograd would hold all the same, since another op saves them (ReLU its output, softmax P):
+    their rows would be bytes and noise for nothing. Found by a rewrite on trial."""
+    trial = share(gm)
+    propagate(trial, inputs)
+    tried = _find(trial, inputs, config)
+    sample_products(trial, tried, config)
+    saved = propagate(trial, inputs)
+
+    def pays(product: Product, columns: bool) -> bool:
+        value = tensor_of(trial, product.operand(columns)) if product.sampled[columns] else None
+        return value is not None and value.untyped_storage()._cdata not in saved
+
+    result = []
+    for product, copied in zip(products, tried):
+        sampled = tuple(pays(copied, columns) for columns in (False, True))
+        if product.reason:
+            result.append(product)
+        elif any(sampled):
+            result.append(replace(product, sampled=sampled))
+        else:
+            result.append(replace(product, reason="input saved by another op anyway"))
+    return result
 
 
 def share(gm: GraphModule) -> GraphModule:
@@ -108,18 +141,19 @@ def flatten_inputs(gm: GraphModule, example_inputs: Any) -> list[Any] | None:
     return values
 
 
-def propagate(gm: GraphModule, inputs: Sequence[Any] | None) -> int:
-    """Fill ``meta["val"]`` of every node with a fake tensor, and count the bytes that autograd would hold in training.
+def propagate(gm: GraphModule, inputs: Sequence[Any] | None) -> dict[int, int]:
+    """Fill ``meta["val"]`` of every node with a fake tensor, and find what autograd would hold in training.
 
-    Nothing is computed: the graph is run on fake tensors, and their storages that are saved for the backward are counted
-    once each, parameters and buffers left out.
+    Nothing is computed: the graph is run on fake tensors.
 
-    Args: inputs, one per placeholder; None: do nothing, and return 0.
+    Args: inputs, one per placeholder; None: do nothing, and return nothing.
+
+    Returns: storage saved for the backward (by address) -> its bytes; parameters and buffers are left out.
 
     Raises: ValueError if the graph does not run with inputs like these.
     """
     if inputs is None:
-        return 0
+        return {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     run = _Propagation(gm, mode)
     members = {**dict(run.named_parameters()), **dict(run.named_buffers())}
@@ -147,7 +181,7 @@ def propagate(gm: GraphModule, inputs: Sequence[Any] | None) -> int:
     del result
     skip = {w.untyped_storage()._cdata for w in fakes.values()}
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
-    return sum(size for key, size in storages.items() if key not in skip)
+    return {key: size for key, size in storages.items() if key not in skip}
 
 
 class _Propagation(nn.Module):
