@@ -126,9 +126,12 @@ class _Rewriter:
         return (value_key(operand, self.mutations), when, columns, flat)
 
     def _partner(self, product: Product, columns: bool) -> "Node | str":
-        """The other factor, as close to its parameter as its number of dimensions is the same."""
+        """The other factor; of a transposed weight with two dimensions the weight itself, which earlier calls can read too."""
         partner = product.operand(not columns)
         root = behind_transposes(partner) if isinstance(partner, Node) else partner
+        value = tensor_of(self.gm, root)
+        if not (product.is_matrix or (value is not None and value.dim() == 2)):
+            root = partner  # its leading dimensions matter, and a transpose may have moved them
         return str(root.target) if isinstance(root, Node) and root.op == "get_attr" else root
 
     def _before(self, partner: "Node | str", call: Node) -> Node | None:
