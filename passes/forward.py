@@ -119,9 +119,11 @@ class _Rewriter:
         return both
 
     def _group(self, product: Product, operand: Node, columns: bool) -> tuple:
-        """Products of equal group read the same numbers in the same way: their draw is one."""
+        """Products of equal group read the same numbers in the same way: their draw is one. (Not in attention, see
+        :func:`wtacrs_fx.passes.policy.draw_group`.)"""
         partner = tensor_of(self.gm, product.operand(not columns))
-        flat: Any = product.is_matrix or (product.node if partner is None else partner.dim() == 2)
+        flat: Any = product.is_matrix or (partner.dim() == 2 if partner is not None else product.node)
+        flat = product.node if product.is_attention else flat
         when = self.mutations[product.node]
         return (value_key(operand, self.mutations), when, columns, flat)
 

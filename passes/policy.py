@@ -161,9 +161,14 @@ def ratio_fraction(ratio: float) -> Fraction:
 
 
 def draw_group(site: Site) -> tuple:
-    """Key of the matrix whose rows are kept: the tensor behind views, and how it is read."""
+    """Key of the matrix whose rows are kept: the tensor behind views, and how it is read.
+
+    Attention's sites have a draw each: the gradient of one may go into another, and an estimate used twice in a chain of
+    products would be biased. Weight gradients end where they are.
+    """
     value, dim = site.activation.value, site.activation.dim
-    return (view_base(site.activation.source), tuple(map(str, value.shape)), tuple(map(str, value.stride())), dim)
+    own = (site.node,) if site.is_attention else ()
+    return (view_base(site.activation.source), tuple(map(str, value.shape)), tuple(map(str, value.stride())), dim, *own)
 
 
 def view_base(node: Node) -> Node:

@@ -48,6 +48,8 @@ class Product:
     alpha: Any = 1
     sampled: tuple[bool, ...] = (False, False)
     """Whether rows of left, right stand in for them: those that depend on the batch."""
+    is_attention: bool = False
+    """Whether both operands depend on the batch, so that gradients flow on to earlier layers."""
     module: str = ""
     reason: str = ""
     """Why the product is left as it is; empty if it is rewritten."""
@@ -137,7 +139,7 @@ def _decide(product: Product, gm: GraphModule, kinds: Mapping[Node, Kind], confi
     root: Any = behind_transposes(weight) if isinstance(weight, Node) else weight
     name = root if isinstance(root, str) else str(root.target) if root.op in ("get_attr", "placeholder") else ""
     module = product.module or module_of(product.node, name)
-    product = replace(product, sampled=sampled, module=module)
+    product = replace(product, sampled=sampled, is_attention=all(sampled), module=module)
     if product.reason:
         return product
     if sampled == (False, False):

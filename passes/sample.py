@@ -75,7 +75,7 @@ def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], sev
 
 class _Rewriter:
     def __init__(self, graph: Graph, env: Mapping[Node, Node], severed: Cuts, config: Config) -> None:
-        self.graph, self.env, self.severed, self.config = graph, env, severed, config
+        self.graph, self.env, self.severed, self.config = graph, dict(env), severed, config
         self.start = next(n for n in graph.nodes if n.op != "placeholder")
         self.streams = 0
         self.seeds: dict[torch.device, tuple[Node, Node]] = {}
@@ -175,6 +175,7 @@ class _Rewriter:
             result = emit(aten.unsqueeze.default, product, 0)
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
+        self.env[site.node] = result  # which may be the gradient of the next site, in attention
         return product
 
 

@@ -50,9 +50,11 @@ def match_gradients(graph: Graph, kinds: Mapping[Node, Kind]) -> dict[Node, Node
 
 
 def handed_over(graph: Graph, kinds: Mapping[Node, Kind]) -> list[Node]:
-    """What the forward makes or is given and the backward reads: tensors that are in memory between the two."""
-    forward = (n for n in graph.nodes if n.op != "output" and kinds[n] is not Kind.GRADIENT and is_tensor(n))
-    return [n for n in forward if any(u.op != "output" and kinds[u] is Kind.GRADIENT for u in n.users)]
+    """What the forward makes or is given and the backward reads: tensors that are in memory between the two. Attributes of
+    the module are not among them."""
+    forward = [n for n in graph.nodes if n.op != "output" and kinds[n] is not Kind.GRADIENT and is_tensor(n)]
+    read = [n for n in forward if any(u.op != "output" and kinds[u] is Kind.GRADIENT for u in n.users)]
+    return [n for n in read if view_base(n).op != "get_attr"]
 
 
 def _form(node: Node) -> tuple[Any, ...]:

@@ -150,6 +150,38 @@ def test_dynamic_shapes():
     assert recorder.ledger.count("early") >= 3
 
 
+class Shared(nn.Module):
+    """Two products in a chain read one tensor: with one draw for both, an estimate would be multiplied by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.u = nn.Parameter(torch.randn(8, 8) * 0.5), nn.Parameter(torch.randn(8, 8) * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = torch.cos(x @ self.u).transpose(1, 2)
+        scores = torch.bmm(x @ self.w, keys)
+        return torch.sin(torch.bmm(torch.sin(torch.bmm(scores, x)), keys)).sum()
+
+
+@pytest.mark.parametrize("way", ["compiled", "eager"])
+def test_products_in_a_chain_have_draws_of_their_own(way):
+    torch.manual_seed(2)
+    model, x = Shared(), torch.randn(2, 12, 8)
+    exact = gradients(model, x)
+    options = {"attention": True, "ratio": 0.2, "estimator": "crs", "late": "exact"}
+    if way == "compiled":
+        recorder = Recorder(**options)
+        call = torch.compile(model, backend=recorder)
+    else:
+        call = wtacrs_fx.rewrite(symbolic_trace(model), x, **{**SMALL, **options})
+    moments = Moments()
+    for _ in range(500):
+        moments.add(gradients(model, x, call=call))
+    for key, value in exact.items():
+        z = moments.z(key, value)
+        assert z.square().mean().sqrt() < 1.5, f"{key}: rms {z.square().mean().sqrt():.2f}"
+
+
 class TestLeftAlone:
     def test_by_default(self):
         recorder, _ = compiled_gradients(Attention(), batch(), attention=False)

@@ -81,8 +81,7 @@ def rewrite_joint(
     graph.lint()
     result.recompile()
     now, before = (handed_over(g, _kinds(g, weights, begin)) for g in (graph, exact.graph))
-    in_memory = {n.name for n in graph.nodes if n.op == "get_attr"} | set(map(str, weights))
-    result.meta["wtacrs_ledger"] = ledger = build_ledger(plan, done, before, now, in_memory)
+    result.meta["wtacrs_ledger"] = ledger = build_ledger(plan, done, before, now, {n.name for n in weights})
     report(ledger, config)
     return result
 
