@@ -11,31 +11,32 @@ from wtacrs_fx.passes.liveness import buffer_bytes
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import saved_tensors
+from wtacrs_fx.passes.sites import module_of
 
 
 def build_ledger(
     plan: Sequence[Decision],
     done: Sampled,
-    exact: GraphModule,
-    forward: GraphModule,
-    num_fwd_outputs: int,
+    exact: Sequence[Node],
+    now: Sequence[Node],
     weights: Collection[str],
 ) -> Ledger:
-    """The ledger of a plan. ``exact`` and ``forward`` are the forward graphs without and with sampling."""
-    exact_bytes, now_bytes = (_bytes_by_source(g, num_fwd_outputs, weights) for g in (exact, forward))
+    """The ledger of a plan. ``exact`` and ``now`` are the tensors that the forward hands to the backward without and with
+    sampling."""
+    exact_bytes, now_bytes = (_bytes_by_source(tensors, weights) for tensors in (exact, now))
     first_of: dict[tuple, str] = {}
     entries = []
     for decision in plan:
         site = decision.site
         source = view_base(site.activation.source).name
-        before, now, reason = exact_bytes.get(source, 0), now_bytes.get(source, 0), decision.reason
+        before, after, reason = exact_bytes.get(source, 0), now_bytes.get(source, 0), decision.reason
         if decision.group in first_of:  # bytes are counted once, at the first site
-            before = now = 0
+            before = after = 0
             reason = reason or f"shared with {first_of[decision.group]}"
         elif decision.action is Action.LATE:
-            now += sum(storages([done.norms[decision.group]]).values())
+            after += sum(storages([done.norms[decision.group]]).values())
         elif decision.action is Action.EARLY:
-            now = sum(storages(done.draws[decision.group]).values())
+            after = sum(storages(done.draws[decision.group]).values())
         first_of.setdefault(decision.group, site.module)
         rows = _size(site.activation.rows)
         entries.append(
@@ -47,13 +48,29 @@ def build_ledger(
                 rows=rows,
                 kept=rows if decision.action is Action.EXACT else _size(decision.k),
                 bytes_exact=before,
-                bytes_now=now,
+                bytes_now=after,
                 decision=decision.action.value,
                 reason=reason,
             )
         )
-    before, now = (saved_bytes(g, num_fwd_outputs, weights) for g in (exact, forward))
-    return Ledger(tuple(entries), before, now)
+    return Ledger(tuple(entries), sum(storages(exact, weights).values()), sum(storages(now, weights).values()))
+
+
+def fused_entry(node: Node) -> Entry:
+    """A line for fused attention, which has no products that could be sampled."""
+    query = next((n for n in node.all_input_nodes if is_tensor(n)), node).meta["val"]
+    return Entry(
+        module=module_of(node, ""),
+        op=str(node.target),
+        shape=tuple(_size(s) for s in query.shape),
+        dtype=str(query.dtype).removeprefix("torch."),
+        rows=_size(query.shape[-2]),
+        kept=_size(query.shape[-2]),
+        bytes_exact=0,
+        bytes_now=0,
+        decision="exact",
+        reason="fused attention has no separate products",
+    )
 
 
 def saved_bytes(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> int:
@@ -70,8 +87,7 @@ def storages(tensors: Iterable[Node], weights: Collection[str] = ()) -> dict[int
     return {_storage(n): buffer_bytes(n) for n in tensors if _storage(n) not in skip}
 
 
-def _bytes_by_source(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> dict[str, int]:
-    tensors = saved_tensors(forward, num_fwd_outputs)
+def _bytes_by_source(tensors: Sequence[Node], weights: Collection[str]) -> dict[str, int]:
     return {view_base(n).name: sum(storages([n], weights).values()) for n in tensors}
 
 

@@ -45,8 +45,9 @@ def check_partition(
         for end in (kept, rows):
             if end.name not in placeholders:
                 raise InvariantError(f"wtacrs: {end.name} of {module} is not among the tensors saved for the backward.")
-        dim = decision.site.activation.dim - (decision.site.activation.value.dim() - 2)
-        if kept.meta["val"].shape[dim] != decision.k or rows.meta["val"].shape[0] != decision.k:
+        operand = decision.site.activation
+        dim = operand.dim - operand.value.dim()
+        if kept.meta["val"].shape[dim] != decision.k or rows.meta["val"].shape[-1] != decision.k:
             raise InvariantError(f"wtacrs: {module} keeps {kept.meta['val'].shape}, expected {decision.k} rows.")
         product = nodes.get(done.products[decision.site.node].name)
         if product is None or kept.name not in {_through_transpose(a).name for a in product.args}:

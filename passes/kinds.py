@@ -24,16 +24,19 @@ def is_tangent(node: Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
 
 
-def classify(graph: Graph, weights: Collection[Node]) -> dict[Node, Kind]:
+def classify(graph: Graph, weights: Collection[Node], tangents: Collection[Node] = ()) -> dict[Node, Kind]:
     """Kind of every node except the output.
 
     Args:
         graph: joint graph; placeholders whose target contains "tangents" are gradients.
         weights: the placeholders that are parameters or buffers. Every other placeholder is an activation.
+        tangents: more nodes with which the backward begins, where they have other names.
     """
     kinds: dict[Node, Kind] = {}
     for node in graph.nodes:
-        if node.op == "placeholder":
+        if node in tangents:
+            kinds[node] = Kind.GRADIENT
+        elif node.op == "placeholder":
             kinds[node] = Kind.GRADIENT if is_tangent(node) else Kind.WEIGHT if node in weights else Kind.ACTIVATION
         elif node.op != "output":
             own = Kind.ACTIVATION if draws(node) else Kind.WEIGHT

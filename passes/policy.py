@@ -14,6 +14,8 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.sites import Site
 
+aten, prims = torch.ops.aten, torch.ops.prims
+
 MIN_LATE_WIDTH = 128
 """A late site reads H and G once more for their norms (2 FLOPs an element) to save ``1 - ratio`` of a product with
 2 * width FLOPs an element. Where it saves no bytes either, a product narrower than this on one side (LoRA's) stays exact."""
@@ -53,10 +55,11 @@ class Decision:
 
 def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
     """First plan: every site that the options admit is sampled, late if that is allowed, because a late site has the least
-    noise and may cost no bytes at all; :func:`settle` turns those that do cost bytes into early ones."""
-    first = Action.LATE if config.late == "sample" else Action.EARLY
+    noise and may cost no bytes at all; :func:`settle` turns those that do cost bytes into early ones. Attention's are early:
+    a head is mostly too narrow for a late site, and what its operands are computed from is as large as they are."""
     plan = []
     for site in sites:
+        first = Action.LATE if config.late == "sample" and not site.is_attention else Action.EARLY
         reason = _why_exact(site, config)
         k = 0 if reason else rows_kept(site.activation.rows, config.ratio)
         plan.append(Decision(site, Action.EXACT if reason else first, reason, k, draw_group(site)))
@@ -144,8 +147,12 @@ def _is_narrow(site: Site) -> bool:
 
 def rows_kept(rows: "int | torch.SymInt", ratio: float) -> "int | torch.SymInt":
     """``ceil(ratio * rows)``, for symbolic sizes too."""
-    share = ratio_fraction(ratio)
-    return (rows * share.numerator + share.denominator - 1) // share.denominator
+    return ceil_share(rows, ratio_fraction(ratio).as_integer_ratio())
+
+
+def ceil_share(rows: "int | torch.SymInt", share: tuple[int, int]) -> "int | torch.SymInt":
+    """``ceil(rows * a / b)`` for ``share = (a, b)``, in whole numbers."""
+    return (rows * share[0] + share[1] - 1) // share[1]
 
 
 def ratio_fraction(ratio: float) -> Fraction:
@@ -154,9 +161,14 @@ def ratio_fraction(ratio: float) -> Fraction:
 
 
 def draw_group(site: Site) -> tuple:
-    """Key of the matrix whose rows are kept: the tensor behind views, and how it is read."""
+    """Key of the matrix whose rows are kept: the tensor behind views, and how it is read.
+
+    Attention's sites have a draw each: the gradient of one may go into another, and an estimate used twice in a chain of
+    products would be biased. Weight gradients end where they are.
+    """
     value, dim = site.activation.value, site.activation.dim
-    return (view_base(site.activation.source), tuple(map(str, value.shape)), tuple(map(str, value.stride())), dim)
+    own = (site.node,) if site.is_attention else ()
+    return (view_base(site.activation.source), tuple(map(str, value.shape)), tuple(map(str, value.stride())), dim, *own)
 
 
 def view_base(node: Node) -> Node:
@@ -185,19 +197,35 @@ def is_view(node: Node) -> bool:
 
 
 def _why_exact(site: Site, config: Config) -> str:
-    rows, value = site.activation.rows, site.activation.value
+    value = site.activation.value
     nbytes = hint(value.numel()) * value.dtype.itemsize
-    matches = [p for p in config.exclude if fnmatch.fnmatchcase(site.module, p)]
+    if "wtacrs.keep_rows" in str(_producer(view_base(site.activation.source)).target):
+        return "rows kept by rewrite()"
+    reason = excluded(site.module, config) or too_small(hint(site.activation.rows), nbytes, config)
+    return reason or ("meta tensor" if value.device.type == "meta" else "")
+
+
+def _producer(node: Node) -> Node:
+    """The op with several results that the node is one of, also behind a cast; else the node itself."""
+    while node.target in (operator.getitem, prims.convert_element_type.default, aten._to_copy.default):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def excluded(module: str, config: Config) -> str:
+    """Why the options leave a module exact whatever its size; empty if they do not."""
+    matches = [p for p in config.exclude if fnmatch.fnmatchcase(module, p)]
     if matches:
         return f"excluded by {matches[0]!r}"
-    if not any(fnmatch.fnmatchcase(site.module, p) for p in config.include):
+    if not any(fnmatch.fnmatchcase(module, p) for p in config.include):
         return "not in include"
-    if config.ratio == 1:
-        return "ratio 1 keeps every row"
-    if hint(rows) < config.min_rows:
-        return f"below min_rows ({hint(rows)} < {config.min_rows})"
+    return "ratio 1 keeps every row" if config.ratio == 1 else ""
+
+
+def too_small(rows: int, nbytes: int, config: Config) -> str:
+    """Why an input of so many rows and bytes stays exact; empty if it is sampled."""
+    if rows < config.min_rows:
+        return f"below min_rows ({rows} < {config.min_rows})"
     if nbytes < config.min_bytes:
         return f"below min_bytes ({nbytes} < {config.min_bytes})"
-    if value.device.type == "meta":
-        return "meta tensor"
     return ""

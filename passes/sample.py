@@ -12,12 +12,15 @@ Early (rows chosen in the forward, before the cut into forward and backward)::
 
 Late: the same in the backward, with ``|view_i| |grad_i|`` as the importance; only the norms of ``view`` come from the
 forward, and ``view[rows]`` is computed from whatever the cut saves.
+
+Attention's products are the same with a leading dimension, and with rows [B, k] of every head.
 """
 
 import operator
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -25,7 +28,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
-from wtacrs_fx.passes.sever import Severed
+from wtacrs_fx.passes.sever import Cuts
 from wtacrs_fx.passes.sites import Operand, Site
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
@@ -45,9 +48,7 @@ class Sampled:
     """Site's product in the original graph -> its replacement."""
 
 
-def sample(
-    graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], severed: Severed, config: Config
-) -> Sampled:
+def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], severed: Cuts, config: Config) -> Sampled:
     """Rewrite every early and late site of the plan; exact ones, and a graph without any, stay as they are.
 
     Args:
@@ -73,8 +74,8 @@ def sample(
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, env: Mapping[Node, Node], severed: Severed, config: Config) -> None:
-        self.graph, self.env, self.severed, self.config = graph, env, severed, config
+    def __init__(self, graph: Graph, env: Mapping[Node, Node], severed: Cuts, config: Config) -> None:
+        self.graph, self.env, self.severed, self.config = graph, dict(env), severed, config
         self.start = next(n for n in graph.nodes if n.op != "placeholder")
         self.streams = 0
         self.seeds: dict[torch.device, tuple[Node, Node]] = {}
@@ -124,7 +125,7 @@ class _Rewriter:
     def _matrix(self, operand: Operand) -> tuple[Node, int]:
         """The operand without a leading dimension of 1: one view per tensor, on whichever side of the cut it is read."""
         source = self.env[operand.source]
-        if operand.value.dim() == 2:
+        if operand.value.dim() == 2 or operand.batched:
             return source, operand.dim
         if source not in self.matrices:
             with self._behind(source):
@@ -159,26 +160,34 @@ class _Rewriter:
     def _size(self, emit: Emitter, importance: Node, decision: Decision) -> "int | Node":
         if isinstance(decision.k, int):
             return decision.k
-        rows = emit(aten.sym_size.int, importance, 0)
+        rows = emit(aten.sym_size.int, importance, importance.meta["val"].dim() - 1)
         share = ratio_fraction(self.config.ratio)
         scaled = emit(operator.mul, rows, share.numerator)
         return emit(operator.floordiv, emit(operator.add, scaled, share.denominator - 1), share.denominator)
 
     def _replace(self, emit: Emitter, site: Site, node: Node, h: tuple[Node, int], g: tuple[Node, int]) -> Node:
         left, right = (h, g) if site.activation_first else (g, h)
-        product = emit(aten.mm.default, _contract(emit, *left, to=1), _contract(emit, *right, to=0))
+        rank = left[0].meta["val"].dim()
+        target = aten.mm.default if rank == 2 else aten.bmm.default
+        product = emit(target, _contract(emit, *left, to=rank - 1), _contract(emit, *right, to=rank - 2))
         result = product
-        if node.target is aten.bmm.default:
+        if node.target is aten.bmm.default and rank == 2:
             result = emit(aten.unsqueeze.default, product, 0)
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
+        self.env[site.node] = result  # which may be the gradient of the next site, in attention
         return product
 
 
 def _norms(emit: Emitter, matrix: Node, dim: int) -> Node:
-    """Euclidean norm of each row, [M], at least float32 inside whatever the matrix is stored in."""
+    """Euclidean norm of each row, [M] or [B, M], at least float32 inside whatever the matrix is stored in."""
     x = _as_float32(emit, matrix)
-    return emit(aten.sqrt.default, emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, x, x), [1 - dim]))
+    return emit(aten.sqrt.default, emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, x, x), [_other(matrix, dim)]))
+
+
+def _other(matrix: Node, dim: int) -> int:
+    """The dimension of a matrix, or of many, that is not its rows ``dim``."""
+    return 2 * matrix.meta["val"].dim() - 3 - dim
 
 
 def _as_float32(emit: Emitter, node: Node) -> Node:
@@ -188,17 +197,25 @@ def _as_float32(emit: Emitter, node: Node) -> Node:
 
 
 def _gather(emit: Emitter, matrix: Node, dim: int, rows: Node) -> Node:
-    return emit(aten.index.Tensor, matrix, [rows] if dim == 0 else [None, rows])
+    if matrix.meta["val"].dim() == 2:
+        return emit(aten.index.Tensor, matrix, [rows] if dim == 0 else [None, rows])
+    features = _other(matrix, dim)
+    width: Any = matrix.meta["val"].shape[features]
+    width = width if isinstance(width, int) else emit(aten.sym_size.int, matrix, features)
+    index = emit(aten.unsqueeze.default, rows, features)
+    index = emit(aten.expand.default, index, [width if d == features else -1 for d in range(3)])
+    return emit(aten.gather.default, matrix, dim, index)
 
 
 def _gather_scaled(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
     """``scale * matrix[rows]``, multiplied in float32: a scale rounded to bfloat16 would bias every row alike."""
     dtype = matrix.meta["val"].dtype
-    column = emit(aten.unsqueeze.default, scale, 1 - dim)
+    column = emit(aten.unsqueeze.default, scale, _other(matrix, dim))
     kept = emit(aten.mul.Tensor, _as_float32(emit, _gather(emit, matrix, dim, rows)), column)
     return kept if kept.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, kept, dtype)
 
 
 def _contract(emit: Emitter, matrix: Node, dim: int, to: int) -> Node:
     """Transpose if needed so that the contracted dimension ``dim`` becomes dimension ``to``."""
-    return matrix if dim == to else emit(aten.permute.default, matrix, [1, 0])
+    rank = matrix.meta["val"].dim()
+    return matrix if dim == to else emit(aten.permute.default, matrix, [*range(rank - 2), rank - 1, rank - 2])

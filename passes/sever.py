@@ -6,12 +6,28 @@ become extra outputs, in the backward they are read from new placeholders, which
 partition the two ends are joined again and the extra outputs are gone.
 """
 
+from typing import Protocol
+
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.sites import graph_outputs
 
 _NAME = "wtacrs_saved_"
+
+
+class Cuts(Protocol):
+    """How a tensor comes from the forward to the backward."""
+
+    def cut(self, node: Node) -> Node:
+        """The node from which the backward reads ``node``'s value."""
+
+
+class Uncut:
+    """Cuts of a joint graph that stays one graph: there are none."""
+
+    def cut(self, node: Node) -> Node:
+        return node
 
 
 class Severed:

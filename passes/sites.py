@@ -1,8 +1,12 @@
-"""Find the sites: weight-gradient products ``G^T H`` in a joint graph.
+"""Find the sites: products ``G^T H`` of a gradient and an activation in a joint graph, above all weight gradients.
 
 Before and after functionalisation every way of writing a linear layer (``nn.Linear``, ``Conv1D``, ``matmul``, ``@``,
 ``einsum``, adapters) leaves the same thing in the backward: a two-dimensional product of a gradient and an activation,
 contracted over tokens, whose result goes to a parameter's gradient and meets no other activation on its way.
+
+The products of attention are sites too if the user wants them: with S = Q K^T, P = softmax(S), O = P V they are
+``grad_Q = grad_S K`` (contracted over keys), ``grad_K = grad_S^T Q`` and ``grad_V = P^T grad_O`` (over queries), and
+``grad_P = grad_O V^T`` (over the features of a head). Their results flow on, so that noise in them reaches earlier layers.
 """
 
 import re
@@ -19,7 +23,7 @@ aten = torch.ops.aten
 
 PRODUCTS = (aten.mm.default, aten.bmm.default)
 CONTRACTIONS = (*PRODUCTS, aten.addmm.default, aten.baddbmm.default, aten.convolution_backward.default)
-_TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
+TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int, aten.numpy_T.default)
 
 
 @dataclass(frozen=True)
@@ -38,20 +42,29 @@ class Operand:
         return self.value.shape[self.dim]
 
     @property
+    def batched(self) -> bool:
+        """Whether the source is a matrix per attention head; a leading dimension of 1 (einsum writes those) is none."""
+        batch = self.value.shape[0] if self.value.dim() == 3 else 1
+        return not (isinstance(batch, int) and batch == 1)
+
+    @property
     def width(self) -> "int | torch.SymInt":
-        """Features per row. The source is [M, D], [D, M], or one of these with a leading dimension of 1."""
+        """Features per row. The source is [M, D], [D, M], or one of these with a leading dimension."""
         return self.value.shape[-2 if self.dim % self.value.dim() == self.value.dim() - 1 else -1]
 
 
 @dataclass(frozen=True)
 class Site:
-    """``node`` computes ``G^T H`` or ``H^T G`` (``activation`` is H [M, D], ``gradient`` is G [M, O])."""
+    """``node`` computes ``G^T H`` or ``H^T G`` (``activation`` is H [M, D], ``gradient`` is G [M, O]), or does so for every
+    attention head (then both have a leading dimension)."""
 
     node: Node
     activation: Operand
     gradient: Operand
     activation_first: bool
     module: str
+    is_attention: bool = False
+    """Whether the result flows on to earlier layers, and is no parameter's gradient."""
 
 
 def find_sites(
@@ -59,8 +72,9 @@ def find_sites(
     kinds: Mapping[Node, Kind],
     grads: Mapping[Node, Node],
     names: Mapping[Node, str],
+    attention: bool = False,
 ) -> list[Site]:
-    """All weight-gradient products, in graph order.
+    """All weight-gradient products, in graph order; with ``attention`` batched products of two activations too.
 
     Args:
         graph: joint graph, with ``meta["val"]`` on its nodes.
@@ -74,28 +88,27 @@ def find_sites(
             continue
         first, second = node.args
         pair = {kinds[first], kinds[second]}
-        if pair != {Kind.ACTIVATION, Kind.GRADIENT} or not _is_matrix(node):
-            continue
-        parameter = _parameter_of(node, kinds, grads)
-        if parameter is None:
+        if pair != {Kind.ACTIVATION, Kind.GRADIENT} or not node.meta["val"].dtype.is_floating_point:
             continue
         activation_first = kinds[first] is Kind.ACTIVATION
         left, right = _operand(first, -1), _operand(second, -2)
         activation, gradient = (left, right) if activation_first else (right, left)
-        found.append(Site(node, activation, gradient, activation_first, _name(node, names.get(parameter, ""))))
+        parameter = _parameter_of(node, kinds, grads)
+        is_attention = attention and parameter is None and node.target is aten.bmm.default
+        if is_attention or (parameter is not None and not activation.batched):
+            module = module_of(node, "" if parameter is None else names.get(parameter, ""))
+            found.append(Site(node, activation, gradient, activation_first, module, is_attention))
     return found
 
 
-def _is_matrix(node: Node) -> bool:
-    """A plain product of real floating-point matrices; a batch of one (einsum writes those) counts as none."""
-    value = node.meta["val"]
-    batched = value.dim() == 3 and not (isinstance(value.shape[0], int) and value.shape[0] == 1)
-    return value.dtype.is_floating_point and not batched
+def fused_attention(graph: Graph, kinds: Mapping[Node, Kind]) -> list[Node]:
+    """Backward ops of fused attention: the products are inside of one kernel, which recomputes P and keeps Q, K and V."""
+    return [n for n in graph.nodes if kinds.get(n) is Kind.GRADIENT and "scaled_dot_product" in str(n.target)]
 
 
 def _operand(node: Node, dim: int) -> Operand:
     """Strip transposes of the last two dimensions; ``dim`` (-1 or -2) is the contracted one."""
-    while node.target in _TRANSPOSES and isinstance(source := node.args[0], Node):
+    while node.target in TRANSPOSES and isinstance(source := node.args[0], Node):
         order = _permutation(node)
         rank = len(order)
         if order == list(range(rank)):
@@ -144,7 +157,7 @@ def _parameter_of(node: Node, kinds: Mapping[Node, Kind], grads: Mapping[Node, N
     return parameter
 
 
-def _name(node: Node, parameter: str) -> str:
+def module_of(node: Node, parameter: str) -> str:
     """Module name of a site: where the product was written, or the parameter itself if that is not a ``weight``."""
     stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
     module = clean_module_path(next(reversed(stack.values()))[0]) if stack else ""

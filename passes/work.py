@@ -16,7 +16,7 @@ from torch.fx._lazy_graph_module import _make_graph_module
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.account import build_ledger, saved_bytes
+from wtacrs_fx.passes.account import build_ledger, fused_entry, saved_bytes
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
@@ -26,8 +26,9 @@ from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regio
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
-from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs, primals
+from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, fused_attention, gradient_outputs, primals
 from wtacrs_fx.passes.unfold import unfold_late_sums
+from wtacrs_fx.passes.watch import watch
 
 REPLANS = 3
 """How often the recomputation is planned at most where a finished partition misses the budget."""
@@ -75,7 +76,7 @@ class Work:
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
-        sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names))
+        sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
         plan = decide(sites, config)
         return cls(
             joint,
@@ -113,7 +114,8 @@ class Work:
             self._settle()
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
         for module in self.best:
-            split_seeds(module.graph)
+            with watch("split_seeds", module.graph, self.config.verbose):
+                split_seeds(module.graph)
             module.recompile()  # once for all changes
 
     def _meet_budget(self) -> None:
@@ -173,8 +175,10 @@ class Work:
         self.starts = {by_name[n.name]: why for n, why in plan.starts.items() if n.name in by_name}
 
     def ledger(self) -> Ledger:
-        exact, now = self.exact[0], self.best[0]
-        ledger = build_ledger(self.plan, self.done, exact, now, self.num_fwd_outputs, self.weights)
+        exact, now = (saved_tensors(p[0], self.num_fwd_outputs) for p in (self.exact, self.best))
+        ledger = build_ledger(self.plan, self.done, exact, now, self.weights)
+        fused = fused_attention(self.joint.graph, self.kinds) if self.config.attention else []
+        ledger = replace(ledger, entries=(*ledger.entries, *map(fused_entry, fused)))
         return replace(
             ledger,
             predicted_exact=self.prediction,
@@ -199,16 +203,19 @@ class Work:
     def _attempt(self, plan: Sequence[Decision]) -> tuple[Partition, Sampled, Uncut]:
         module, env = copy_joint(self.joint)
         severed = Severed(module.graph)
-        done = sample(module.graph, plan, env, severed, self.config)
+        with watch("sample", module.graph, self.config.verbose):
+            done = sample(module.graph, plan, env, severed, self.config)
         outputs = severed.extend_outputs(self.num_fwd_outputs)
-        recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
+        with watch("recompute", module.graph, self.config.verbose):
+            recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
         module.graph.lint()
         uncut = Uncut(module.graph, outputs)
         # Torch must not merge equal nodes again: copies are equal to their originals until the cut has parted them, and what
         # is computed for a draw on one side can be equal to a node of the other.
         forward, backward = self.cut(module, outputs, cse=False)
         severed.join(forward, self.num_fwd_outputs)
-        unfold_late_sums(backward.graph)
+        with watch("unfold_late_sums", backward.graph, self.config.verbose):
+            unfold_late_sums(backward.graph)
         return (forward, backward), done, uncut
 
 

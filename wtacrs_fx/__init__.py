@@ -10,7 +10,11 @@ from wtacrs_fx.backend import Backend, ledgers, partitioner
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, InvariantError, WtacrsWarning
 from wtacrs_fx.frontier import Frontier, frontier
+from wtacrs_fx.joint import rewrite_joint
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.rewrite import rewrite
+from wtacrs_fx.show import print_graph
+from wtacrs_fx.swap import restore_linears, swap_linears
 
 __all__ = [
     "Backend",
@@ -23,4 +27,9 @@ __all__ = [
     "frontier",
     "ledgers",
     "partitioner",
+    "print_graph",
+    "restore_linears",
+    "rewrite",
+    "rewrite_joint",
+    "swap_linears",
 ]

@@ -69,6 +69,11 @@ class Config:
         "What to do where the input is in memory in the backward anyway: 'sample' (rows chosen by the true gradient; "
         "saves FLOPs) or 'exact'.",
     )
+    attention: bool = _option(
+        False,
+        "Sample the products of attention too, a draw per head. This puts noise into the gradients that flow on to earlier "
+        "layers, where it accumulates with depth. Fused attention has no such products and is left alone.",
+    )
     memory_budget: float | int | str | None = _option(
         "auto",
         "Least-time plan of what the backward recomputes, block by block, so that the predicted peak of a step's activations "
@@ -81,7 +86,11 @@ class Config:
     )
     inner: str = _option("inductor", "What compiles the partitioned graphs: 'inductor' or 'eager' (for debugging).")
     inductor: Mapping[str, Any] = _option((), "Inductor's own options, passed through, e.g. {'max_autotune': True}.")
-    verbose: bool = _option(False, "Print the ledger of every training graph after it was partitioned.")
+    verbose: bool | int = _option(
+        False,
+        "Print the ledger of every training graph after it was partitioned. 2: also what every pass did to its graph, nodes "
+        "before and after by op.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -98,8 +107,10 @@ class Config:
             _check_number(
                 "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
             )
-        if not isinstance(self.verbose, bool):
-            raise TypeError(f"verbose={self.verbose!r}: expected True or False.")
+        if not isinstance(self.attention, bool):
+            raise TypeError(f"attention={self.attention!r}: expected True or False.")
+        if not isinstance(self.verbose, bool) and self.verbose != 2:
+            raise TypeError(f"verbose={self.verbose!r}: expected True, False or 2.")
 
     @classmethod
     def from_options(cls, options: "Mapping[str, Any] | Config | None" = None) -> "Config":

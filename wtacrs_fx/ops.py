@@ -32,26 +32,30 @@ def select_rows(importance: Tensor, seed: Tensor, stream: int, k: int, estimator
     """Choose rows for an estimate of ``sum_i g_i h_i^T``; see :mod:`wtacrs_fx.estimators`.
 
     Args:
-        importance: [M], floating point, any values (NaN, inf and negative ones are dealt with).
+        importance: [..., M], floating point, any values (NaN, inf and negative ones are dealt with). Every row of the
+            leading dimensions (an attention head) is a draw of its own, independent of the others.
         seed: int64 [1] from ``draw_seed``. Equal arguments give equal rows.
         stream: tells the draws of one seed apart, one number per draw of a graph.
         k: rows to keep, at least 1.
         estimator: "crs", "wta_crs", "systematic" or "topk".
 
     Returns:
-        (row index int64 [min(k, M)], scale float32 [min(k, M)]).
+        (row index int64 [..., min(k, M)], scale float32 [..., min(k, M)]).
     """
 
+    batch = importance.shape[:-1]
+    seeds = rng.split(seed, batch.numel()).reshape(*batch, 1) if batch else seed
+
     def uniform(substream: int, n: int) -> Tensor:
-        return rng.uniform(seed, 4 * stream + substream, n)
+        return rng.uniform(seeds, 4 * stream + substream, n)
 
     return ESTIMATORS[estimator](importance, k, uniform)
 
 
 @select_rows.register_fake
 def _(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> tuple[Tensor, Tensor]:
-    n = torch.sym_min(k, importance.shape[0])
-    return importance.new_empty((n,), dtype=torch.int64), importance.new_empty((n,), dtype=torch.float32)
+    shape = (*importance.shape[:-1], torch.sym_min(k, importance.shape[-1]))
+    return importance.new_empty(shape, dtype=torch.int64), importance.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("wtacrs::split_seeds", mutates_args=())

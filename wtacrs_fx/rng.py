@@ -51,11 +51,16 @@ def uniform(seed: Tensor, stream: int, n: int) -> Tensor:
     ``u_i = mix(mix(seed + mix(stream)) + i * golden) / 2^64`` to 53 bits, with the finaliser of SplitMix64 (Steele, Lea
     and Flood, OOPSLA 2014) in wrapping 64-bit arithmetic, so that it runs on any device in a few pointwise kernels.
 
-    Args: seed, int64 [1] on the device of the result; stream, any integer; n >= 0. Returns: float64 [n].
+    Args: seed, int64 [..., 1] on the device of the result; stream, any integer; n >= 0. Returns: float64 [..., n].
     """
     start = _mix(seed + _signed(_mix_host(stream)))
     z = _mix(start + torch.arange(1, n + 1, device=seed.device) * _signed(_GOLDEN))
     return _shift(z, 11).to(torch.float64) * 2.0**-53
+
+
+def split(seed: Tensor, n: int) -> Tensor:
+    """n seeds made of one, int64 [1] -> int64 [n], for draws that are independent of each other."""
+    return _mix(_mix(seed) + torch.arange(1, n + 1, device=seed.device) * _signed(_GOLDEN))
 
 
 def _signed(x: int) -> int:
