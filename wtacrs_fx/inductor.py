@@ -17,12 +17,17 @@ _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 
 
 def compile_inductor(
-    gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner", mode: str | None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    partition_fn: "Partitioner",
+    mode: str | None,
+    compile_graph: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner."""
+    """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner. ``compile_graph`` takes the
+    place of Inductor for the partitioned graphs."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    def compile_graph(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    def with_inductor(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Of the forward or the backward, once the partitioner has run."""
         with torch._inductor.config.patch(partition_fn.inductor), wide_caches():
             return compile_fx_inner(graph, inputs, **kwargs)
@@ -30,7 +35,7 @@ def compile_inductor(
     # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
     patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
     patches = {**patches, "custom_partitioner_fn": partition_fn}
-    compiled: Any = compile_fx(gm, example_inputs, inner_compile=compile_graph, config_patches=patches)
+    compiled: Any = compile_fx(gm, example_inputs, inner_compile=compile_graph or with_inductor, config_patches=patches)
     return compiled
 
 

@@ -1,0 +1,165 @@
+"""Trace a model for training without weights, data or compute, and look at what the backend would be given."""
+
+import contextlib
+import copy
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from wtacrs_fx.backend import Partitioner, dynamo_names
+from wtacrs_fx.config import Config
+from wtacrs_fx.errors import ReportError
+from wtacrs_fx.inductor import compile_inductor
+
+Batch = Mapping[str, Any] | Sequence[Any] | Tensor
+T = TypeVar("T")
+
+Look = Callable[..., tuple[tuple[GraphModule, GraphModule] | None, T]]
+"""``look(joint, joint_inputs, names=..., **partitioner's keywords)`` -> (forward and backward, or None to end there; result)."""
+
+
+NO_TRAINING_GRAPH = (
+    "no training graph was traced: call model.train(), enable gradients, and let the model return what the loss is computed "
+    "from."
+)
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """A model and a batch of fake tensors: shapes and types, no memory, no compute."""
+
+    model: nn.Module
+    batch: Batch
+    mode: FakeTensorMode
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch, device: str | torch.device | None = None) -> "FakeRun":
+        """A copy of the model's structure with fake parameters, in the model's own mode (train or eval).
+
+        Args:
+            model: with real parameters or with fake ones (built under ``FakeTensorMode``).
+            batch: keyword arguments (a mapping), positional arguments (a sequence), or the one argument.
+            device: where the copy is to be; None: where the model is.
+
+        Raises:
+            ReportError: the model has no parameter that requires a gradient, or the batch is on another device.
+        """
+        weights = [*model.parameters(), *model.buffers()]
+        if not any(w.requires_grad for w in weights):
+            raise ReportError(
+                f"{type(model).__name__} has no parameter that requires a gradient, so nothing is saved for a backward: give "
+                "a model that is trained (requires_grad_(True) on what is)."
+            )
+        _check_devices(weights, batch)
+        modes = [w.fake_mode for w in weights if isinstance(w, FakeTensor)]
+        mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+
+        def fake(tensor: Tensor) -> Tensor:
+            # (a copy also of what is fake already, so that nothing is left in the caller's .grad)
+            result = tensor.detach() if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor.detach())
+            result = result if device is None else torch.empty_like(result, device=device)
+            if isinstance(tensor, nn.Parameter):
+                return nn.Parameter(result, tensor.requires_grad)
+            return result.requires_grad_(tensor.requires_grad)
+
+        try:
+            with mode:
+                memo: dict[int, Any] = {id(w): fake(w) for w in weights}
+                copied = copy.deepcopy(model, memo)
+                fakes = tree_map_only(Tensor, fake, batch)
+        except RuntimeError as error:
+            if device is None:
+                raise
+            raise ReportError(
+                f"device={str(device)!r}: this installation of torch cannot make tensors of that device, not even fake ones "
+                f"({error}). Use a build of torch for it (the device itself need not be there), or leave device out."
+            ) from error
+        return cls(copied, fakes, mode)
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        """Call the model, or what stands for it, with the batch."""
+        batch = self.batch
+        args: Sequence[Any] = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
+        with self.mode:
+            return function(*args, **(batch if isinstance(batch, Mapping) else {}))
+
+
+def look_at(run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = False) -> list[T]:
+    """Let Dynamo and AOTAutograd trace a model, and look at every training graph where a partitioner would partition it.
+
+    Args:
+        run: what to trace.
+        config: the options.
+        look: see :data:`Look`. Nothing is compiled; where ``look`` does not end the tracing, the graphs run on fake tensors.
+        fullgraph: raise ``torch._dynamo.exc.Unsupported`` at a graph break, before anything was looked at.
+    """
+    found: list[T] = []
+
+    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+        looker = _Looker(config, dynamo_names(gm), look, found)
+        return compile_inductor(gm, inputs, looker, None, compile_graph=_uncompiled)
+
+    with _ended_by_stop():
+        # Shapes are those of the batch, whatever was traced before in this process.
+        run.call(torch.compile(run.model, backend=backend, fullgraph=fullgraph, dynamic=False))
+    return found
+
+
+class _Stop(Exception):
+    """Ends a compilation behind its partition."""
+
+
+@contextlib.contextmanager
+def _ended_by_stop() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Dynamo wraps it
+        causes: list[BaseException | None] = [error]
+        while causes[-1] is not None and not isinstance(causes[-1], _Stop):
+            inner = getattr(causes[-1], "inner_exception", None)
+            causes.append(inner or causes[-1].__cause__ or causes[-1].__context__)
+        if causes[-1] is None:
+            raise
+
+
+class _Looker(Partitioner, Generic[T]):
+    """Looks at a training graph where a partitioner would partition it."""
+
+    def __init__(self, config: Config, names: Sequence[str | None], look: Look[T], found: list[T]) -> None:
+        super().__init__(config, names)
+        self.look, self.found = look, found
+        self.id = uuid.uuid4().hex
+
+    def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        modules, result = self.look(gm, joint_inputs, names=self.names, **kwargs)
+        self.found.append(result)
+        if modules is None:
+            raise _Stop
+        return modules
+
+    def uuid(self) -> str:
+        """Another one every time: no graph in any cache fits, and the graph is traced."""
+        return self.id
+
+
+def _uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """Stands for Inductor's compilation of a partitioned graph: the graph itself."""
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(graph.forward)
+
+
+def _check_devices(weights: Sequence[Tensor], batch: Batch) -> None:
+    devices = sorted({str(w.device) for w in weights})
+    others = sorted({str(t.device) for t in tree_leaves(batch) if isinstance(t, Tensor)} - set(devices))
+    if others:
+        raise ReportError(
+            f"the batch is on {', '.join(others)} and the model on {', '.join(devices)}: move one of them with .to(device)."
+        )
