@@ -10,19 +10,20 @@ from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.liveness import buffer_bytes
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.sample import Sampled
+from wtacrs_fx.passes.saved import saved_list
 from wtacrs_fx.passes.sever import saved_tensors
 
 
 def build_ledger(
     plan: Sequence[Decision],
     done: Sampled,
-    exact: GraphModule,
-    forward: GraphModule,
+    exact: tuple[GraphModule, GraphModule],
+    partition: tuple[GraphModule, GraphModule],
     num_fwd_outputs: int,
     weights: Collection[str],
 ) -> Ledger:
-    """The ledger of a plan. ``exact`` and ``forward`` are the forward graphs without and with sampling."""
-    exact_bytes, now_bytes = (_bytes_by_source(g, num_fwd_outputs, weights) for g in (exact, forward))
+    """The ledger of a plan. ``exact`` and ``partition`` are the forward and backward without and with sampling."""
+    exact_bytes, now_bytes = (_bytes_by_source(g, num_fwd_outputs, weights) for g, _ in (exact, partition))
     first_of: dict[tuple, str] = {}
     entries = []
     for decision in plan:
@@ -52,8 +53,9 @@ def build_ledger(
                 reason=reason,
             )
         )
-    before, now = (saved_bytes(g, num_fwd_outputs, weights) for g in (exact, forward))
-    return Ledger(tuple(entries), before, now)
+    before, now = (saved_bytes(g, num_fwd_outputs, weights) for g, _ in (exact, partition))
+    tensors = saved_list(plan, done, exact, partition, num_fwd_outputs, weights)
+    return Ledger(tuple(entries), before, now, tensors=tuple(tensors))
 
 
 def saved_bytes(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> int:

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, GraphModule
 
-from wtacrs_fx.config import Config, parse_bytes
+from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
-from wtacrs_fx.ledger import Part, Prediction, format_bytes
+from wtacrs_fx.ledger import Part, Prediction
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
 from wtacrs_fx.passes.liveness import Facts, module_timeline
 from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.segments import find_segments
 from wtacrs_fx.passes.sites import primals
+from wtacrs_fx.units import format_bytes, parse_bytes
 
 Partition = tuple[GraphModule, GraphModule]
 

@@ -174,8 +174,7 @@ class Work:
         self.starts = {by_name[n.name]: why for n, why in plan.starts.items() if n.name in by_name}
 
     def ledger(self) -> Ledger:
-        exact, now = self.exact[0], self.best[0]
-        ledger = build_ledger(self.plan, self.done, exact, now, self.num_fwd_outputs, self.weights)
+        ledger = build_ledger(self.plan, self.done, self.exact, self.best, self.num_fwd_outputs, self.weights)
         return replace(
             ledger,
             predicted_exact=self.prediction,

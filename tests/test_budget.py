@@ -10,7 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import wtacrs_fx
 from wtacrs_fx.benchmarks import measure
-from wtacrs_fx.config import Config, parse_bytes
+from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
@@ -20,6 +20,7 @@ from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.segments import find_segments, forward_nodes, merge
 from wtacrs_fx.passes.sites import graph_outputs
 from wtacrs_fx.passes.work import REPLANS, Work
+from wtacrs_fx.units import parse_bytes
 
 from helpers import SMALL, Moments, Recorder, Transformer, gradients, transformer_batch
 

@@ -8,9 +8,10 @@ if not (Path(__file__).parent / "passes").exists():
 
 from wtacrs_fx.backend import Backend, ledgers, partitioner
 from wtacrs_fx.config import Config
-from wtacrs_fx.errors import BudgetError, InvariantError, WtacrsWarning
+from wtacrs_fx.errors import BudgetError, InvariantError, ReportError, WtacrsWarning
 from wtacrs_fx.frontier import Frontier, frontier
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.report import report
 
 __all__ = [
     "Backend",
@@ -19,8 +20,10 @@ __all__ = [
     "Frontier",
     "InvariantError",
     "Ledger",
+    "ReportError",
     "WtacrsWarning",
     "frontier",
     "ledgers",
     "partitioner",
+    "report",
 ]

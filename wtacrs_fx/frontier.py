@@ -10,9 +10,10 @@ from torch.fx import GraphModule
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
-from wtacrs_fx.ledger import Prediction, format_bytes
+from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.partition import explore
 from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, FakeRun, look_at
+from wtacrs_fx.units import format_bytes
 
 POINTS = 12
 
