@@ -1,8 +1,10 @@
 """What eager PyTorch would save for the backward, and its peak: a step on fake tensors, observed operation by operation."""
 
+import contextlib
 import itertools
+import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
 from wtacrs_fx.errors import ReportError
+from wtacrs_fx.inductor import replaced
 from wtacrs_fx.ledger import Saved
 from wtacrs_fx.tracing import FakeRun
 
@@ -41,18 +44,9 @@ def eager_step(run: FakeRun) -> EagerStep:
     Raises:
         ReportError: the model asks for the value of a tensor (a data-dependent branch), or returns nothing to train on.
     """
-    weights = [*run.model.parameters(), *run.model.buffers()]
     observer = _Observer()
-    saved: dict[int, Tensor] = {}
-    skip = {_key(w) for w in weights}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if _key(tensor) not in skip:
-            saved.setdefault(_key(tensor), tensor)
-        return tensor
-
     try:
-        with run.mode, observer.tracker, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), observer:
+        with run.mode, _eager_branches(), observer.tracker, held_storages(run) as saved, observer:
             output = run.call(run.model)
         tensors = tuple(observer.describe(t) for t in saved.values())
         saved.clear()
@@ -73,6 +67,31 @@ def eager_step(run: FakeRun) -> EagerStep:
     return EagerStep(tensors, peak=peaks[1], allocated=peaks[0])
 
 
+@contextlib.contextmanager
+def held_storages(run: FakeRun) -> Iterator[dict[int, Tensor]]:
+    """Collect what autograd saves inside, one tensor per storage; parameters and buffers are left out."""
+    skip = {_key(w) for w in (*run.model.parameters(), *run.model.buffers())}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _key(tensor) not in skip:
+            saved.setdefault(_key(tensor), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield saved
+
+
+@contextlib.contextmanager
+def _eager_branches() -> Iterator[None]:
+    """Let models of transformers branch as in eager mode: they take fake tensors for a sign of being traced, and then save
+    masks that eager training does without."""
+    utils = sys.modules.get("transformers.utils.import_utils")
+    values = {"is_fake_tensor": lambda tensor: False} if hasattr(utils, "is_fake_tensor") else {}
+    with replaced(utils, values) if utils else contextlib.nullcontext():
+        yield
+
+
 def _starts(output: Any) -> list[Tensor]:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     leaves = [loss] if isinstance(loss, Tensor) else tree_leaves(output)
@@ -84,7 +103,11 @@ def _starts(output: Any) -> list[Tensor]:
 
 @dataclass
 class _Observer(TorchDispatchMode):
-    """Notes for every storage which module and operation made it, and when it comes and goes."""
+    """Notes for every storage which module and operation made it, and when it comes and goes.
+
+    Where the model asks whether something holds for its data, the answer is yes: models of transformers ask whether a mask is
+    all ones and whether sequences are not packed, and then leave the mask out.
+    """
 
     tracker: ModuleTracker = field(default_factory=ModuleTracker)
     origins: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -99,6 +122,8 @@ class _Observer(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            return True
         result = func(*args, **(kwargs or {}))
         given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):

@@ -54,12 +54,12 @@ def wide_caches() -> Iterator[None]:
     wide = {name: functools.cache(f.__wrapped__) for name, f in narrow.items() if hasattr(f, "__wrapped__")}
     with contextlib.ExitStack() as stack:
         for module in (sizevars, cpp):
-            stack.enter_context(_replaced(module, {n: f for n, f in wide.items() if hasattr(module, n)}))
+            stack.enter_context(replaced(module, {n: f for n, f in wide.items() if hasattr(module, n)}))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
+def replaced(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
     """Other values for a module's names, inside."""
     before = {name: getattr(module, name) for name in values}
     vars(module).update(values)

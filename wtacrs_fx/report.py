@@ -10,7 +10,7 @@ from torch._dynamo.exc import Unsupported
 from torch.fx import GraphModule
 
 from wtacrs_fx.config import Config
-from wtacrs_fx.eager_trace import EagerStep, eager_step
+from wtacrs_fx.eager_trace import EagerStep, eager_step, held_storages
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.ledger import Ledger, Prediction, Saved
 from wtacrs_fx.passes.partition import many_graphs, partition
@@ -55,13 +55,24 @@ def partition_ledger(run: FakeRun, config: Config) -> Ledger:
         return (forward, backward), ledger
 
     try:
-        found, breaks = _ledgers(look_at(run, config, look, fullgraph=True)), ()
+        found, notes = _ledgers(look_at(run, config, look, fullgraph=True)), ()
     except Unsupported:
-        found = _ledgers(look_at(run, config, look_and_go_on))
-        breaks = _breaks(run, len(found))
+        with held_storages(run) as held:
+            found = _ledgers(look_at(run, config, look_and_go_on))
+        notes = _breaks(run, len(found))
+        if found:
+            found.append(_between(sum(t.untyped_storage().nbytes() for t in held.values()), found))
     if not found:
         raise ReportError(NO_TRAINING_GRAPH)
-    return join(found, breaks)
+    return join(found, notes)
+
+
+def _between(held: int, ledgers: Sequence[Ledger]) -> Ledger:
+    """What eager code between graphs saves: what a step holds in all, less what its graphs do."""
+    rest = max(0, held - sum(g.saved_bytes for g in ledgers))
+    row = Saved("", "between graphs", (), "", bytes_exact=rest, bytes_now=rest, reason="saved by eager code between graphs")
+    nothing = Prediction(0, 0, 0.0, 0)
+    return Ledger((), rest, rest, nothing, nothing, tensors=(row,) if rest else ())
 
 
 def with_eager(ledger: Ledger, step: EagerStep) -> Ledger:
@@ -130,7 +141,7 @@ def _breaks(run: FakeRun, graphs: int) -> tuple[str, ...]:
     """Where the graph breaks are, by Dynamo's own account."""
     with run.mode:
         explained = run.call(torch._dynamo.explain(run.model))
-    lines = [f"{graphs} training graphs, joined here; graph breaks, where what is computed between graphs is not counted:"]
+    lines = [f"training graphs: {graphs}, joined here; graph breaks, where eager code runs:"]
     for reason in explained.break_reasons:
         frame = reason.user_stack[-1] if reason.user_stack else None
         where = f"{frame.filename}:{frame.lineno}" if frame else "unknown place"

@@ -46,7 +46,7 @@ class FakeRun:
         Args:
             model: with real parameters or with fake ones (built under ``FakeTensorMode``).
             batch: keyword arguments (a mapping), positional arguments (a sequence), or the one argument.
-            device: where the copy is to be; None: where the model is.
+            device: where the copy is to be; None: where the model is, and the CPU for a model on the meta device.
 
         Raises:
             ReportError: the model has no parameter that requires a gradient, or the batch is on another device.
@@ -61,10 +61,12 @@ class FakeRun:
         modes = [w.fake_mode for w in weights if isinstance(w, FakeTensor)]
         mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
 
+        target = "cpu" if device is None and any(w.device.type == "meta" for w in weights) else device
+
         def fake(tensor: Tensor) -> Tensor:
             # (a copy also of what is fake already, so that nothing is left in the caller's .grad)
             result = tensor.detach() if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor.detach())
-            result = result if device is None else torch.empty_like(result, device=device)
+            result = result if target is None else torch.empty_like(result, device=target)
             if isinstance(tensor, nn.Parameter):
                 return nn.Parameter(result, tensor.requires_grad)
             return result.requires_grad_(tensor.requires_grad)
@@ -104,7 +106,7 @@ def look_at(run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = Fa
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
         looker = _Looker(config, dynamo_names(gm), look, found)
-        return compile_inductor(gm, inputs, looker, None, compile_graph=_uncompiled)
+        return compile_inductor(gm, inputs, looker, None, compile_graph=uncompiled)
 
     with _ended_by_stop():
         # Shapes are those of the batch, whatever was traced before in this process.
@@ -149,7 +151,7 @@ class _Looker(Partitioner, Generic[T]):
         return self.id
 
 
-def _uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
     """Stands for Inductor's compilation of a partitioned graph: the graph itself."""
     from functorch.compile import make_boxed_func
 
