@@ -1,25 +1,19 @@
 """The report before training: bytes as measured, tables, files, and what it refuses."""
 
-import csv
-import io
-import json
-
 import pytest
 import torch
+from small_presets import small
 from torch import nn
 
 import wtacrs_fx
 from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.config import Config
-from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import compile_inductor
-from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.presets import PRESETS
 from wtacrs_fx.tracing import uncompiled
 
-from helpers import SMALL, Transformer, transformer_batch
-from small_presets import small
+from helpers import SMALL
 
 FAMILIES = {p.model_type: name for name, p in PRESETS.items()}
 """One preset of each: those of a family differ in sizes, which :func:`small` overrides."""

@@ -97,7 +97,9 @@ def _starts(output: Any) -> list[Tensor]:
     leaves = [loss] if isinstance(loss, Tensor) else tree_leaves(output)
     starts = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     if not starts:
-        raise ReportError("the model returns no tensor that requires a gradient: let it return what the loss is computed from.")
+        raise ReportError(
+            "the model returns no tensor that requires a gradient: let it return what the loss is computed from."
+        )
     return starts
 
 

@@ -93,7 +93,9 @@ def tensor_table(ledger: "Ledger") -> str:
             why = "; ".join(filter(None, (t.reason, needed)))
             shape = "x".join(map(str, t.shape))
             sizes = (format_bytes(getattr(t, f)) for f in arms.values())
-            rows.append((_times(layer) if not i else "", t.module, t.op, shape, t.dtype, *sizes, t.kept, t.decision, why))
+            rows.append(
+                (_times(layer) if not i else "", t.module, t.op, shape, t.dtype, *sizes, t.kept, t.decision, why)
+            )
     headers = ("layer", "module", "op", "shape", "dtype", *arms, "rows kept", "decision", "reason")
     return tabulate(rows, headers, disable_numparse=True)
 

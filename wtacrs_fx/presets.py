@@ -41,7 +41,13 @@ def _t5(width: int, kv: int, inner: int, layers: int, heads: int) -> Mapping[str
 
 
 _BERT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-_OPT = {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32, "word_embed_proj_dim": 2048}
+_OPT = {
+    "hidden_size": 2048,
+    "ffn_dim": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "word_embed_proj_dim": 2048,
+}
 _QWEN = {
     "hidden_size": 3584,
     "intermediate_size": 18944,

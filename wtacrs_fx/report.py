@@ -70,7 +70,9 @@ def partition_ledger(run: FakeRun, config: Config) -> Ledger:
 def _between(held: int, ledgers: Sequence[Ledger]) -> Ledger:
     """What eager code between graphs saves: what a step holds in all, less what its graphs do."""
     rest = max(0, held - sum(g.saved_bytes for g in ledgers))
-    row = Saved("", "between graphs", (), "", bytes_exact=rest, bytes_now=rest, reason="saved by eager code between graphs")
+    row = Saved(
+        "", "between graphs", (), "", bytes_exact=rest, bytes_now=rest, reason="saved by eager code between graphs"
+    )
     nothing = Prediction(0, 0, 0.0, 0)
     return Ledger((), rest, rest, nothing, nothing, tensors=(row,) if rest else ())
 

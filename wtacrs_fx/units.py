@@ -1,5 +1,6 @@
-"""Bytes as text, both ways."""
+"""Bytes and counts as text, both ways."""
 
+import argparse
 import re
 
 
@@ -29,3 +30,11 @@ def format_bytes(n: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def positive(text: str) -> int:
+    """A count of at least 1 from the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
+    return value
