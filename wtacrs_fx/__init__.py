@@ -7,6 +7,7 @@ if not (Path(__file__).parent / "passes").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from wtacrs_fx.backend import Backend, ledgers, partitioner
+from wtacrs_fx.check import check
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, InvariantError, ReportError, WtacrsWarning
 from wtacrs_fx.frontier import Frontier, frontier
@@ -22,6 +23,7 @@ __all__ = [
     "Ledger",
     "ReportError",
     "WtacrsWarning",
+    "check",
     "frontier",
     "ledgers",
     "partitioner",

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.module_tracker import ModuleTracker
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import replaced
 from wtacrs_fx.ledger import Saved
-from wtacrs_fx.tracing import FakeRun
+from wtacrs_fx.tracing import FakeRun, starts
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,6 @@ class EagerStep:
 def eager_step(run: FakeRun) -> EagerStep:
     """Run forward and backward of a model eagerly on fake tensors.
 
-    The gradient starts at the output called ``loss``, or else at every output that requires one.
-
     Raises:
         ReportError: the model asks for the value of a tensor (a data-dependent branch), or returns nothing to train on.
     """
@@ -50,10 +48,10 @@ def eager_step(run: FakeRun) -> EagerStep:
             output = run.call(run.model)
         tensors = tuple(observer.describe(t) for t in saved.values())
         saved.clear()
-        starts = _starts(output)
+        roots = starts(output)
         del output
         with run.mode, observer:
-            torch.autograd.backward(starts, [torch.empty_like(s) for s in starts])
+            torch.autograd.backward(roots, [torch.empty_like(r) for r in roots])
     except (NotImplementedError, RuntimeError) as error:
         if not type(error).__module__.startswith("torch._subclasses"):
             raise
@@ -90,17 +88,6 @@ def _eager_branches() -> Iterator[None]:
     values = {"is_fake_tensor": lambda tensor: False} if hasattr(utils, "is_fake_tensor") else {}
     with replaced(utils, values) if utils else contextlib.nullcontext():
         yield
-
-
-def _starts(output: Any) -> list[Tensor]:
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    leaves = [loss] if isinstance(loss, Tensor) else tree_leaves(output)
-    starts = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-    if not starts:
-        raise ReportError(
-            "the model returns no tensor that requires a gradient: let it return what the loss is computed from."
-        )
-    return starts
 
 
 @dataclass

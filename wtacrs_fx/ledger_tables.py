@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ BATCH, ROOT = "(batch)", "(model)"
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Saved tensors of one repeated layer, or of ``count`` neighbouring layers that are alike."""
+    """Saved tensors of a layer, or of each of ``count`` layers that are alike."""
 
     name: str
     tensors: tuple["Saved", ...]
@@ -54,22 +53,26 @@ def layers(tensors: Iterable["Saved"]) -> list[Layer]:
 
 
 def fold(found: Sequence[Layer]) -> list[Layer]:
-    """Neighbours with consecutive numbers and equal tensors as one: ``encoder.layer.0-11``."""
-
-    def alike(pair: tuple[int, Layer]) -> Hashable:
-        position, layer = pair
-        match = re.fullmatch(r"(.*\.)?(\d+)", layer.name)
+    """Numbered layers of one list with equal tensors as one, where the first of them stands: ``encoder.layer.0,2-11``."""
+    groups: dict[Hashable, list[Layer]] = {}
+    for layer in found:
+        prefix, _, number = layer.name.rpartition(".")
         own = tuple(sorted(map(repr, layer.tensors)))
-        # (the difference to the position is equal for consecutive numbers)
-        return (match[1], int(match[2]) - position, own) if match else (layer.name,)
+        groups.setdefault((prefix, own) if number.isdigit() else layer.name, []).append(layer)
+    return [Layer(_joint_name(group), group[0].tensors, len(group)) for group in groups.values()]
 
-    result = []
-    for _, run in itertools.groupby(enumerate(found), key=alike):
-        group = [layer for _, layer in run]
-        first, last = group[0], group[-1]
-        name = first.name if len(group) == 1 else f"{first.name}-{last.name.rpartition('.')[2]}"
-        result.append(Layer(name, first.tensors, len(group)))
-    return result
+
+def _joint_name(group: Sequence[Layer]) -> str:
+    """``encoder.layer.0``, ``encoder.layer.1``, ``encoder.layer.3`` -> ``encoder.layer.0-1,3``."""
+    if len(group) == 1:
+        return group[0].name
+    prefix = group[0].name.rpartition(".")[0]
+    numbers = sorted(int(layer.name.rpartition(".")[2]) for layer in group)
+    ranges = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
+        members = [n for _, n in run]
+        ranges.append(f"{members[0]}" if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return f"{prefix}.{','.join(ranges)}".lstrip(".")
 
 
 def layer_table(ledger: "Ledger") -> str:

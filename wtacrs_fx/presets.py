@@ -93,28 +93,35 @@ class Task:
     """(config, batch size, length) -> batch."""
 
 
-def _ids(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.long)
+def _ids(below: int, *shape: int) -> Tensor:
+    return torch.randint(below, shape)
 
 
 TASKS = {
     "classification": Task(
-        "AutoModelForSequenceClassification", lambda c, b, n: {"input_ids": _ids(b, n), "labels": _ids(b)}
+        "AutoModelForSequenceClassification",
+        lambda c, b, n: {"input_ids": _ids(c.vocab_size, b, n), "labels": _ids(c.num_labels, b)},
     ),
-    "causal-lm": Task("AutoModelForCausalLM", lambda c, b, n: {"input_ids": _ids(b, n), "labels": _ids(b, n)}),
-    "seq2seq": Task("AutoModelForSeq2SeqLM", lambda c, b, n: {"input_ids": _ids(b, n), "labels": _ids(b, n)}),
+    "causal-lm": Task(
+        "AutoModelForCausalLM",
+        lambda c, b, n: {"input_ids": _ids(c.vocab_size, b, n), "labels": _ids(c.vocab_size, b, n)},
+    ),
+    "seq2seq": Task(
+        "AutoModelForSeq2SeqLM",
+        lambda c, b, n: {"input_ids": _ids(c.vocab_size, b, n), "labels": _ids(c.vocab_size, b, n)},
+    ),
     "image": Task(
         "AutoModelForImageClassification",
         lambda c, b, n: {
-            "pixel_values": torch.zeros(b, c.num_channels, c.image_size, c.image_size),
-            "labels": _ids(b),
+            "pixel_values": torch.randn(b, c.num_channels, c.image_size, c.image_size),
+            "labels": _ids(c.num_labels, b),
         },
     ),
     "speech": Task(
         "AutoModelForSpeechSeq2Seq",
         lambda c, b, n: {
-            "input_features": torch.zeros(b, c.num_mel_bins, 2 * c.max_source_positions),
-            "labels": _ids(b, n),
+            "input_features": torch.randn(b, c.num_mel_bins, 2 * c.max_source_positions),
+            "labels": _ids(c.vocab_size, b, n),
         },
     ),
 }

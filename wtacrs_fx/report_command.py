@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the report and write its files. Raises: ReportError or BudgetError, with what to do about it."""
     model, batch = load(args)
     options = backend_options(args)
-    traces = _checked(StepTraces, model, batch, args.optimizer, eight_bit=args.optimizer_8bit, **options)
-    ledger: Ledger = _checked(report, model, batch, device=args.device, **options)
+    traces = checked(StepTraces, model, batch, args.optimizer, eight_bit=args.optimizer_8bit, **options)
+    ledger: Ledger = checked(report, model, batch, device=args.device, **options)
     print(ledger.table(args.level))
     traces.add(ledger)
     found = [traces.at(arm, traces.batch_size) for arm in ARMS]
-    largest = {arm: _checked(traces.largest_batch, arm, args.gpu_memory) for arm in ARMS} if args.gpu_memory else None
+    largest = {arm: checked(traces.largest_batch, arm, args.gpu_memory) for arm in ARMS} if args.gpu_memory else None
     print(f"\nTraining with {args.optimizer}{' (8-bit)' * args.optimizer_8bit}, batch of {traces.batch_size}:")
     print(table(found, largest, args.gpu_memory or ""))
     if args.json:
@@ -97,7 +97,7 @@ def backend_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"ratio": args.ratio, **_assignments("--option", args.option)}
 
 
-def _checked(function: Any, *args: Any, **kwargs: Any) -> Any:
+def checked(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call it; what is wrong with an option's value is an error that is meant for the user."""
     try:
         return function(*args, **kwargs)

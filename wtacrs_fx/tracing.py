@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -22,7 +23,7 @@ Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 T = TypeVar("T")
 
 Look = Callable[..., tuple[tuple[GraphModule, GraphModule] | None, T]]
-"""``look(joint, joint_inputs, names=..., **partitioner's keywords)`` -> (forward and backward, or None to end there; result)."""
+"""``look(joint, joint_inputs, names=..., **partitioner's keywords)`` -> (forward and backward or None to end there, result)."""
 
 
 NO_TRAINING_GRAPH = (
@@ -87,10 +88,29 @@ class FakeRun:
 
     def call(self, function: Callable[..., Any]) -> Any:
         """Call the model, or what stands for it, with the batch."""
-        batch = self.batch
-        args: Sequence[Any] = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
         with self.mode:
-            return function(*args, **(batch if isinstance(batch, Mapping) else {}))
+            return call(function, self.batch)
+
+
+def call(function: Callable[..., Any], batch: Batch) -> Any:
+    """Call a function with a batch."""
+    args: Sequence[Any] = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
+    return function(*args, **(batch if isinstance(batch, Mapping) else {}))
+
+
+def starts(output: Any) -> list[Tensor]:
+    """Where the backward starts: at the output called ``loss``, or else at every output that requires a gradient.
+
+    Raises: ReportError: there is none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    leaves = [loss] if isinstance(loss, Tensor) else tree_leaves(output)
+    found = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+    if not found:
+        raise ReportError(
+            "the model returns no tensor that requires a gradient: let it return what the loss is computed from."
+        )
+    return found
 
 
 def look_at(run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = False) -> list[T]:
@@ -108,8 +128,12 @@ def look_at(run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = Fa
         looker = _Looker(config, dynamo_names(gm), look, found)
         return compile_inductor(gm, inputs, looker, None, compile_graph=uncompiled)
 
-    with _ended_by_stop():
-        # Shapes are those of the batch, whatever was traced before in this process.
+    # No graph is taken from a cache. Shapes are those of the batch, whatever was traced before in this process.
+    with (
+        _ended_by_stop(),
+        functorch_config.patch(enable_autograd_cache=False),
+        dynamo_config.patch(run_gc_after_compile=False),  # which takes seconds
+    ):
         run.call(torch.compile(run.model, backend=backend, fullgraph=fullgraph, dynamic=False))
     return found
 
@@ -137,7 +161,6 @@ class _Looker(Partitioner, Generic[T]):
     def __init__(self, config: Config, names: Sequence[str | None], look: Look[T], found: list[T]) -> None:
         super().__init__(config, names)
         self.look, self.found = look, found
-        self.id = uuid.uuid4().hex
 
     def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         modules, result = self.look(gm, joint_inputs, names=self.names, **kwargs)
@@ -145,10 +168,6 @@ class _Looker(Partitioner, Generic[T]):
         if modules is None:
             raise _Stop
         return modules
-
-    def uuid(self) -> str:
-        """Another one every time: no graph in any cache fits, and the graph is traced."""
-        return self.id
 
 
 def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
