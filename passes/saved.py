@@ -94,7 +94,9 @@ def _judge(row: Saved, decision: Decision | None) -> Saved:
     """The row with what was decided about it, or what the partition has made of it."""
     if decision is None or decision.action is Action.EXACT:
         reason = decision.reason if decision else ""
-        if not row.bytes_now:
+        if row.op == "draw_seed":
+            reason = "what the rows' draws start from"
+        elif not row.bytes_now:
             reason = "computed again in the backward"
         elif not row.bytes_exact:
             reason = "saved to compute others again"

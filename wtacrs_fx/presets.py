@@ -176,7 +176,8 @@ def _config(name: str, overrides: dict[str, Any]) -> tuple[Any, str | None]:
 
     if name in PRESETS:
         preset = PRESETS[name]
-        values, model_type, task = {**preset.config, **overrides}, preset.model_type, preset.task
+        values, model_type = {**preset.config, **overrides}, preset.model_type
+        task: str | None = preset.task
     else:
         path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
         if not path.exists():
@@ -218,7 +219,7 @@ def _with_adapters(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
     except ImportError as error:
         raise ReportError('LoRA needs peft: pip install "wtacrs-fx[hf]"') from error
     try:
-        adapted: nn.Module = get_peft_model(model, LoraConfig(**lora))  # type: ignore[arg-type]
+        adapted: nn.Module = get_peft_model(model, LoraConfig(**lora))
     except (TypeError, ValueError) as error:
         raise ReportError(f"lora={dict(lora)!r}: {error}") from error
     return adapted

@@ -43,7 +43,7 @@ def report(model: nn.Module, batch: Batch, *, device: str | torch.device | None 
 
 def partition_ledger(run: FakeRun, config: Config) -> Ledger:
     """The ledger of the backend for a model on fake tensors."""
-    found: list[Ledger] = []
+    notes: tuple[str, ...] = ()
 
     def look(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         """The only graph there is: nothing behind its partition is of interest."""
@@ -55,7 +55,7 @@ def partition_ledger(run: FakeRun, config: Config) -> Ledger:
         return (forward, backward), ledger
 
     try:
-        found, notes = _ledgers(look_at(run, config, look, fullgraph=True)), ()
+        found = _ledgers(look_at(run, config, look, fullgraph=True))
     except Unsupported:
         with held_storages(run) as held:
             found = _ledgers(look_at(run, config, look_and_go_on))

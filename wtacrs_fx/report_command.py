@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     model, batch = load(args)
     options = backend_options(args)
     traces = checked(StepTraces, model, batch, args.optimizer, eight_bit=args.optimizer_8bit, **options)
+    if args.gpu_memory:
+        checked(traces.limit, args.gpu_memory)  # before anything is traced
     ledger: Ledger = checked(report, model, batch, device=args.device, **options)
     print(ledger.table(args.level))
     traces.add(ledger)

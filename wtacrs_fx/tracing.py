@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -50,7 +50,8 @@ class FakeRun:
             device: where the copy is to be; None: where the model is, and the CPU for a model on the meta device.
 
         Raises:
-            ReportError: the model has no parameter that requires a gradient, or the batch is on another device.
+            ReportError: the model has no parameter that requires a gradient, the batch is on another device, or this build of
+                torch has no autograd for ``device``.
         """
         weights = [*model.parameters(), *model.buffers()]
         if not any(w.requires_grad for w in weights):
@@ -59,9 +60,10 @@ class FakeRun:
                 "a model that is trained (requires_grad_(True) on what is)."
             )
         _check_devices(weights, batch)
+        if device is not None:
+            _check_support(torch.device(device))
         modes = [w.fake_mode for w in weights if isinstance(w, FakeTensor)]
         mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
-
         target = "cpu" if device is None and any(w.device.type == "meta" for w in weights) else device
 
         def fake(tensor: Tensor) -> Tensor:
@@ -72,19 +74,20 @@ class FakeRun:
                 return nn.Parameter(result, tensor.requires_grad)
             return result.requires_grad_(tensor.requires_grad)
 
-        try:
-            with mode:
-                memo: dict[int, Any] = {id(w): fake(w) for w in weights}
-                copied = copy.deepcopy(model, memo)
-                fakes = tree_map_only(Tensor, fake, batch)
-        except RuntimeError as error:
-            if device is None:
-                raise
-            raise ReportError(
-                f"device={str(device)!r}: this installation of torch cannot make tensors of that device, not even fake ones "
-                f"({error}). Use a build of torch for it (the device itself need not be there), or leave device out."
-            ) from error
+        with mode:
+            memo: dict[int, Any] = {id(w): fake(w) for w in weights}
+            copied = copy.deepcopy(model, memo)
+            fakes = tree_map_only(Tensor, fake, batch)
         return cls(copied, fakes, mode)
+
+    def resized(self, old: int, new: int) -> "FakeRun":
+        """The same with another batch size: of all tensors whose first dimension is ``old``."""
+
+        def resize(tensor: Tensor) -> Tensor:
+            return tensor.new_empty((new, *tensor.shape[1:])) if tensor.dim() and tensor.shape[0] == old else tensor
+
+        with self.mode:
+            return replace(self, batch=tree_map_only(Tensor, resize, self.batch))
 
     def call(self, function: Callable[..., Any]) -> Any:
         """Call the model, or what stands for it, with the batch."""
@@ -172,9 +175,10 @@ class _Looker(Partitioner, Generic[T]):
 
 def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
     """Stands for Inductor's compilation of a partitioned graph: the graph itself."""
-    from functorch.compile import make_boxed_func
+    from torch._functorch.aot_autograd import make_boxed_func
 
-    return make_boxed_func(graph.forward)
+    boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+    return boxed
 
 
 def _check_devices(weights: Sequence[Tensor], batch: Batch) -> None:
@@ -183,4 +187,14 @@ def _check_devices(weights: Sequence[Tensor], batch: Batch) -> None:
     if others:
         raise ReportError(
             f"the batch is on {', '.join(others)} and the model on {', '.join(devices)}: move one of them with .to(device)."
+        )
+
+
+def _check_support(device: torch.device) -> None:
+    """Fake tensors of a device need none, but autograd ends the process where torch was built without it."""
+    if device.type == "cuda" and not torch.backends.cuda.is_built():
+        raise ReportError(
+            f"device={str(device)!r}: torch {torch.__version__} is built without CUDA, and its autograd has no CUDA tensors, "
+            "not even fake ones. Install a build of torch with CUDA, or leave device out: what is saved differs between "
+            "devices only where kernels do, such as fused attention."
         )

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.eager_trace import eager_step
@@ -114,7 +114,7 @@ class StepTraces:
         """The memory of an arm ("eager", "inductor" or "wtacrs") at a batch size, from a trace of it."""
         if (arm, size) not in self._found:
             with many_graphs():
-                run = FakeRun.of(self.model, self._resized(size))
+                run = FakeRun.of(self.model, self.batch).resized(self.batch_size, size)
                 if arm == "eager":
                     step = eager_step(run)
                     predicted = Prediction(step.peak, step.allocated, 0.0, 0)
@@ -122,6 +122,23 @@ class StepTraces:
                 else:
                     self.add(partition_ledger(run, self.config), size)
         return self._found[arm, size]
+
+    def limit(self, memory: int | str) -> int:
+        """Memory in bytes.
+
+        Raises:
+            ReportError: it is too small for parameters, gradients and optimizer alone; the message says by how much.
+            ValueError: a string of another form than "80GiB" or "80 GB".
+        """
+        limit = parse_bytes(memory)
+        if limit < self.fixed:
+            raise ReportError(
+                f"{memory}: parameters ({format_bytes(self.parameters)}), gradients ({format_bytes(self.gradients)}) and "
+                f"optimizer ({format_bytes(self.optimizer)}) alone take {format_bytes(self.fixed)}, "
+                f"{format_bytes(self.fixed - limit)} more. Take an optimizer with less state (--optimizer, --optimizer-8bit), "
+                "LoRA, or a lower precision."
+            )
+        return limit
 
     def largest_batch(self, arm: str, memory: int | str) -> int:
         """The largest batch size whose predicted total fits; 0 if not even one example does.
@@ -133,17 +150,9 @@ class StepTraces:
             arm: "eager", "inductor" or "wtacrs".
             memory: bytes, or a string such as "80GiB" or "80 GB".
 
-        Raises:
-            ReportError: the memory is too small for parameters, gradients and optimizer alone; the message says by how much.
+        Raises: as :meth:`limit` does.
         """
-        limit = parse_bytes(memory)
-        if limit < self.fixed:
-            raise ReportError(
-                f"{memory}: parameters ({format_bytes(self.parameters)}), gradients ({format_bytes(self.gradients)}) and "
-                f"optimizer ({format_bytes(self.optimizer)}) alone take {format_bytes(self.fixed)}, "
-                f"{format_bytes(self.fixed - limit)} more. Take an optimizer with less state (--optimizer, --optimizer-8bit), "
-                "LoRA, or a lower precision."
-            )
+        limit = self.limit(memory)
         fits, fails, size = 0, MAX_BATCH, self.batch_size
         for trial in itertools.count():
             if self.at(arm, size).total <= limit:
@@ -174,15 +183,6 @@ class StepTraces:
             step_peak=predicted.allocated,
         )
 
-    def _resized(self, size: int) -> Batch:
-        def resize(tensor: Tensor) -> Tensor:
-            if not tensor.dim() or tensor.shape[0] != self.batch_size:
-                return tensor
-            return torch.empty((size, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
-
-        batch: Batch = tree_map_only(Tensor, resize, self.batch)
-        return batch
-
 
 def table(found: "list[TrainingMemory]", largest: Mapping[str, int] | None = None, memory: str = "") -> str:
     """Arms as columns, in GiB, and the largest batch in ``memory``."""
@@ -201,7 +201,7 @@ def table(found: "list[TrainingMemory]", largest: Mapping[str, int] | None = Non
     return tabulate(rows, ("GiB", *(m.arm for m in found)), disable_numparse=True)
 
 
-def optimizer_bytes(parameters: "list[Tensor]", name: str, *, eight_bit: bool = False) -> int:
+def optimizer_bytes(parameters: Sequence[Tensor], name: str, *, eight_bit: bool = False) -> int:
     """Bytes of an optimizer's state after its first step, from torch's own optimizer on fake tensors.
 
     With ``eight_bit`` the floating-point states that are as large as their parameter take 1 byte per element and a float32
@@ -213,6 +213,8 @@ def optimizer_bytes(parameters: "list[Tensor]", name: str, *, eight_bit: bool = 
         raise ReportError(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}.")
     with FakeTensorMode():
         copies = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in parameters if p.requires_grad]
+        if not copies:
+            return 0
         optimizer = OPTIMIZERS[name](copies)
         for p in copies:
             p.grad = torch.empty_like(p)
