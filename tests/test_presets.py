@@ -74,7 +74,7 @@ def test_config_files_that_cannot_be_read(tmp_path, text, words):
 
 
 def test_bad_names():
-    with pytest.raises(ReportError, match="neither a preset nor a config file. Presets: bert-base, bert-large"):
+    with pytest.raises(ReportError, match=r"neither a preset nor a config file\. Presets: bert-base, bert-large"):
         build("bert-bass", batch_size=2, length=8)
     with pytest.raises(ReportError, match="vit-base has no model for task 'seq2seq'"):
         build("vit-base", batch_size=2, length=8, task="seq2seq")

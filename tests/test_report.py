@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from small_presets import small
 from torch import nn
 
 import wtacrs_fx
@@ -20,6 +19,7 @@ from wtacrs_fx.presets import PRESETS
 from wtacrs_fx.tracing import uncompiled
 
 from helpers import SMALL, Transformer, transformer_batch
+from small_presets import small
 
 FAMILIES = {p.model_type: name for name, p in PRESETS.items()}
 """One preset of each: those of a family differ in sizes, which :func:`small` overrides."""
