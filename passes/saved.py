@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -35,6 +34,7 @@ def saved_list(
     """
     whole = {d.base.name: d.base for d in plan}
     owner = {n.name: base for n, base in _stand_ins(plan, done)}
+    sampled = set(owner.values())
     products = {d.site.node.name for d in plan}
     rows: dict[str, Saved] = {}
     for (forward, backward), field in ((exact, "bytes_exact"), (partition, "bytes_now")):
@@ -44,12 +44,11 @@ def saved_list(
             row = rows.get(name) or _describe(whole.get(name, base))
             if field == "bytes_exact" or not row.bytes_exact:
                 needed = dict.fromkeys((*row.needed_by, *_readers(placeholder, products)))
-                row = replace(row, needed_by=() if name in owner.values() and field == "bytes_now" else tuple(needed))
+                row = replace(row, needed_by=() if name in sampled and field == "bytes_now" else tuple(needed))
             rows[name] = replace(row, **{field: getattr(row, field) + nbytes})
     decisions = {d.base.name: d for d in sorted(plan, key=lambda d: d.action is not Action.EXACT)}
-    order: dict[str, int] = {}
-    for forward in (exact[0], partition[0]):
-        order |= {n.name: len(order) for n in forward.graph.nodes if n.name not in order}
+    names = dict.fromkeys(n.name for forward, _ in (exact, partition) for n in forward.graph.nodes)
+    order = {name: i for i, name in enumerate(names)}
     named = sorted(rows.items(), key=lambda item: order.get(item[0], -1))
     return [_judge(row, decisions.get(name)) for name, row in named if row.bytes_exact or row.bytes_now]
 
@@ -68,16 +67,17 @@ def _storages(
 ) -> Iterator[tuple[Node, Node, int]]:
     """Saved tensors: in the forward, in the backward, and the bytes of their storages, 0 where an earlier one shares it.
     Weights are left out."""
-
-    def storage(node: Node) -> Any:
-        return node.meta["val"].untyped_storage()._cdata
-
-    seen = {storage(n) for n in forward.graph.find_nodes(op="placeholder") if n.name in weights and is_tensor(n)}
+    seen = {storage(n) for n in forward.graph.find_nodes(op="placeholder") if n.name in weights}
     skip = frozenset(seen)
     for node, placeholder in zip(saved_tensors(forward, num_fwd_outputs), filter(is_saved, backward.graph.nodes)):
         if storage(node) not in skip:
             yield node, placeholder, 0 if storage(node) in seen else buffer_bytes(node)
             seen.add(storage(node))
+
+
+def storage(node: Node) -> int:
+    """Which memory the node's tensor is in; -1 if it is no tensor."""
+    return node.meta["val"].untyped_storage()._cdata if is_tensor(node) else -1
 
 
 def _describe(node: Node) -> Saved:
