@@ -385,3 +385,11 @@ class TestCost:
         assert line.seconds(1000, 1) == 10
         assert line.seconds(1, 1000) == 100
         assert Roofline(100.0, 10.0, launch=2.0).seconds(1000, 1, 3) == 10 + 3 * 2
+
+
+def test_a_goal_missed_by_more_than_all_of_it_stays_a_goal():
+    """A tiny model's step takes twice the exact one's time in kernels' fixed costs."""
+    goal = Goal(seconds=1.0).tighter(1.2)
+    assert goal.peak == float("inf")
+    assert 0 < goal.seconds < 1e-3
+    assert 0 < Goal(peak=100.0).tighter(2.0).peak < 1
