@@ -10,6 +10,7 @@ from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.liveness import buffer_bytes
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.sample import Sampled
+from wtacrs_fx.passes.saved import storage
 from wtacrs_fx.passes.sever import saved_tensors
 from wtacrs_fx.passes.sites import module_of
 
@@ -83,16 +84,12 @@ def storages(tensors: Iterable[Node], weights: Collection[str] = ()) -> dict[int
     are left out, since parameters and buffers are in memory anyway. Symbolic sizes count at the example's value."""
     tensors = list(tensors)
     graph = tensors[0].graph if tensors else None
-    skip = {_storage(n) for n in graph.find_nodes(op="placeholder") if n.name in weights} if graph else set()
-    return {_storage(n): buffer_bytes(n) for n in tensors if _storage(n) not in skip}
+    skip = {storage(n) for n in graph.find_nodes(op="placeholder") if n.name in weights} if graph else set()
+    return {storage(n): buffer_bytes(n) for n in tensors if storage(n) not in skip}
 
 
 def _bytes_by_source(tensors: Sequence[Node], weights: Collection[str]) -> dict[str, int]:
     return {view_base(n).name: sum(storages([n], weights).values()) for n in tensors}
-
-
-def _storage(node: Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata if is_tensor(node) else -1
 
 
 def _size(size: Any) -> int | str:

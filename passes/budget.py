@@ -8,21 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Graph, GraphModule
 
-from wtacrs_fx.config import Config, parse_bytes
+from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
-from wtacrs_fx.ledger import Part, Prediction, format_bytes
+from wtacrs_fx.ledger import Part, Prediction
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
 from wtacrs_fx.passes.liveness import Facts, module_timeline
 from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.segments import find_segments
 from wtacrs_fx.passes.sites import primals
+from wtacrs_fx.units import format_bytes, parse_bytes
 
 Partition = tuple[GraphModule, GraphModule]
 
 _REGION = getattr(torch.fx.traceback, "MEMORY_BUDGET_ANNOTATION_KEY", "_region_activation_memory_budget")
 
 MIN_SHARE = 1e-6
-"""For a region's share of 0, which means as little as there can be."""
+"""For a share of 0, which means as little as there can be."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ class Goal:
         return max(reached.peak / self.peak, reached.seconds / self.seconds) - 1
 
     def tighter(self, by: float) -> "Goal":
-        """A goal lower by a share."""
-        return Goal(self.peak * (1 - by), self.seconds * (1 - by))
+        """A goal lower by a share; of a goal that was missed by more than all of it, next to nothing is left."""
+        share = max(1 - by, MIN_SHARE)
+        return Goal(self.peak * share, self.seconds * share)
 
 
 def take_region_budget(graph: Graph, config: Config) -> Config:

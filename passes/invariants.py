@@ -6,10 +6,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.errors import InvariantError
-from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import Action, Decision
 from wtacrs_fx.passes.sample import Sampled
-from wtacrs_fx.passes.sever import saved_tensors
+from wtacrs_fx.passes.sever import is_saved, saved_tensors
 
 wtacrs = torch.ops.wtacrs
 
@@ -52,7 +51,7 @@ def check_partition(
         product = nodes.get(done.products[decision.site.node].name)
         if product is None or kept.name not in {_through_transpose(a).name for a in product.args}:
             raise InvariantError(f"wtacrs: the weight gradient of {module} does not read its kept rows.")
-    if len(saved) != len([n for n in placeholders.values() if _is_saved(n)]):
+    if len(saved) != len([n for n in placeholders.values() if is_saved(n)]):
         raise InvariantError("wtacrs: the forward and the backward disagree about the number of saved tensors.")
 
 
@@ -62,8 +61,3 @@ def _calls(graph: Graph, target: torch._ops.OpOverload) -> set[str]:
 
 def _through_transpose(node: Node) -> Node:
     return node.all_input_nodes[0] if node.target is torch.ops.aten.permute.default else node
-
-
-def _is_saved(node: Node) -> bool:
-    special = ("tangents", "bwd_seed", "bwd_base", "bwd_rng_state")
-    return is_tensor(node) and not any(s in str(node.target) for s in special)

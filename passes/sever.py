@@ -23,7 +23,7 @@ class Cuts(Protocol):
         """The node from which the backward reads ``node``'s value."""
 
 
-class Uncut:
+class NoCuts:
     """Cuts of a joint graph that stays one graph: there are none."""
 
     def cut(self, node: Node) -> Node:
@@ -97,3 +97,10 @@ def saved_tensors(forward: GraphModule, num_fwd_outputs: int) -> list[Node]:
     """The tensors that a partitioned forward hands to its backward."""
     values = graph_outputs(forward.graph)[num_fwd_outputs:]
     return [v for v in values if isinstance(v, Node) and is_tensor(v)]
+
+
+def is_saved(node: Node) -> bool:
+    """Whether a node of a partitioned backward is the placeholder of a saved tensor; they are in the order of
+    :func:`saved_tensors`."""
+    special = ("tangents", "bwd_seed", "bwd_base", "bwd_rng_state")
+    return node.op == "placeholder" and is_tensor(node) and not any(s in str(node.target) for s in special)

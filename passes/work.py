@@ -24,6 +24,7 @@ from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
 from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
 from wtacrs_fx.passes.sample import Sampled, sample
+from wtacrs_fx.passes.saved import saved_list
 from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, fused_attention, gradient_outputs, primals
@@ -177,8 +178,9 @@ class Work:
     def ledger(self) -> Ledger:
         exact, now = (saved_tensors(p[0], self.num_fwd_outputs) for p in (self.exact, self.best))
         ledger = build_ledger(self.plan, self.done, exact, now, self.weights)
+        listed = saved_list(self.plan, self.done, self.exact, self.best, self.num_fwd_outputs, self.weights)
         fused = fused_attention(self.joint.graph, self.kinds) if self.config.attention else []
-        ledger = replace(ledger, entries=(*ledger.entries, *map(fused_entry, fused)))
+        ledger = replace(ledger, entries=(*ledger.entries, *map(fused_entry, fused)), tensors=tuple(listed))
         return replace(
             ledger,
             predicted_exact=self.prediction,

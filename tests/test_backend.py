@@ -65,6 +65,7 @@ def test_by_name_without_import_and_caches_in_two_processes(tmp_path):
     assert (warm["aot"], warm["fx"]) == ([1, 0], [2, 0])
     assert warm["gradient"] == cold["gradient"]
     assert len(cold["ledger"]) == 1
+    assert cold["ledger"][0]["tensors"]
     assert warm["ledger"] == cold["ledger"], "restored though the passes did not run"
 
     other = train(ratio=0.4)

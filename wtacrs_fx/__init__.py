@@ -7,11 +7,13 @@ if not (Path(__file__).parent / "passes").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from wtacrs_fx.backend import Backend, ledgers, partitioner
+from wtacrs_fx.check import check
 from wtacrs_fx.config import Config
-from wtacrs_fx.errors import BudgetError, InvariantError, WtacrsWarning
+from wtacrs_fx.errors import BudgetError, InvariantError, ReportError, WtacrsWarning
 from wtacrs_fx.frontier import Frontier, frontier
 from wtacrs_fx.joint import rewrite_joint
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.report import report
 from wtacrs_fx.rewrite import rewrite
 from wtacrs_fx.show import print_graph
 from wtacrs_fx.swap import restore_linears, swap_linears
@@ -23,11 +25,14 @@ __all__ = [
     "Frontier",
     "InvariantError",
     "Ledger",
+    "ReportError",
     "WtacrsWarning",
+    "check",
     "frontier",
     "ledgers",
     "partitioner",
     "print_graph",
+    "report",
     "restore_linears",
     "rewrite",
     "rewrite_joint",

@@ -8,9 +8,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from wtacrs_fx import demo
+from wtacrs_fx import check_command, demo, report_command
 
-COMMANDS = {"demo": demo}
+COMMANDS = {"report": report_command, "check": check_command, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

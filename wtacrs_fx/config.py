@@ -5,7 +5,6 @@ import difflib
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from wtacrs_fx.estimators import ESTIMATORS
+from wtacrs_fx.units import parse_bytes
 
 OUTPUT_HEADS = (
     "*lm_head",
@@ -178,22 +178,6 @@ def _inductor_options(value: Any) -> dict[str, Any]:
             "wtacrs_fx.partitioner(...) from your own."
         )
     return dict(value)
-
-
-def parse_bytes(value: "int | str") -> int:
-    """``"12GiB"`` -> 12884901888; an int is bytes already. Units: B, KiB, MiB, GiB, TiB, and KB, MB, GB, TB for powers of 1000.
-
-    Raises:
-        ValueError: a string of another form.
-    """
-    if isinstance(value, int):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", value)
-    if not match:
-        raise ValueError(f"{value!r}: expected a number of bytes with a unit, such as '12GiB' or '800MB'.")
-    unit = match[2] or ""
-    base = 1024 if unit.endswith("i") else 1000
-    return int(float(match[1]) * base ** " KMGT".index(unit[:1] or " "))
 
 
 def _check_budget(value: Any) -> None:

@@ -24,6 +24,7 @@ from wtacrs_fx.demo_arm import ArmProcess, DemoError, Settings
 from wtacrs_fx.demo_data import DemoDataError, find_model, find_reviews, read_reviews, split
 from wtacrs_fx.estimators import ESTIMATORS
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.units import positive
 
 ARMS = {"exact": "inductor", "wtacrs": "wtacrs"}
 """Row of the table -> backend of ``torch.compile``. The first row is what the others are compared with."""
@@ -89,15 +90,15 @@ class Result:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of ``wtacrs-fx demo``."""
-    parser.add_argument("--steps", type=_positive, default=90, help="training steps of each arm (%(default)s)")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="sentences (%(default)s)")
-    parser.add_argument("--length", type=_positive, default=48, help="tokens a sentence is padded to (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=90, help="training steps of each arm (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="sentences (%(default)s)")
+    parser.add_argument("--length", type=positive, default=48, help="tokens a sentence is padded to (%(default)s)")
     parser.add_argument("--ratio", type=float, default=0.3, help="share of rows kept (%(default)s)")
     parser.add_argument("--estimator", default=Config().estimator, choices=list(ESTIMATORS), help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of split, order, classifier, dropout (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-5, help="learning rate of AdamW (%(default)s)")
-    parser.add_argument("--test-items", type=_positive, default=1000, help="held-out sentences, even (%(default)s)")
-    parser.add_argument("--threads", type=_positive, help="threads of each arm (as many as torch would take)")
+    parser.add_argument("--test-items", type=positive, default=1000, help="held-out sentences, even (%(default)s)")
+    parser.add_argument("--threads", type=positive, help="threads of each arm (as many as torch would take)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here too, every step included")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -240,10 +241,3 @@ def conditions(settings: Settings, notes: Mapping[str, Any]) -> str:
         f"length {settings.length}, {settings.steps} steps, {notes['padding']:.0%} padding, lr {settings.lr:g}, seed "
         f"{settings.seed}; wtacrs: estimator {settings.estimator}, ratio {settings.ratio:g}; chance accuracy 0.50"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
-    return value

@@ -11,3 +11,7 @@ class InvariantError(RuntimeError):
 
 class BudgetError(ValueError):
     """A memory budget in bytes that no plan can meet. The message says the least peak and what holds it."""
+
+
+class ReportError(ValueError):
+    """A report cannot be made of what was given. The message says why and what to change."""

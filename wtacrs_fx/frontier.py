@@ -1,21 +1,19 @@
 """Predicted peak against predicted time, for exact and for sampled training, before anything runs."""
 
-import uuid
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import nn
 from torch.fx import GraphModule
 
-from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.config import Config
-from wtacrs_fx.inductor import compile_inductor
-from wtacrs_fx.ledger import Prediction, format_bytes
+from wtacrs_fx.errors import ReportError
+from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.partition import explore
+from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, FakeRun, look_at
+from wtacrs_fx.units import format_bytes
 
 POINTS = 12
 
@@ -80,12 +78,10 @@ class Frontier:
         figure.savefig(path)
 
 
-def frontier(
-    model: nn.Module, batch: "Mapping[str, Any] | Sequence[Any] | torch.Tensor", *, points: int = POINTS, **options: Any
-) -> Frontier:
+def frontier(model: nn.Module, batch: Batch, *, points: int = POINTS, **options: Any) -> Frontier:
     """Trace a model for training, plan its first graph for a range of peaks, exactly and sampled, and train nothing.
 
-    Nothing of that graph runs. If the model has a graph break, what comes before the first training graph does.
+    All tensors are fake: nothing runs.
 
     Args:
         model: in the mode in which it is trained.
@@ -94,49 +90,18 @@ def frontier(
         options: the fields of :class:`wtacrs_fx.Config`.
 
     Raises:
-        ValueError: ``points`` is not positive, or the model has no training graph.
+        ValueError: ``points`` is not positive, or (a ReportError) the model has no training graph.
         TypeError, ValueError: as Config does.
     """
     if points < 1:
         raise ValueError(f"points={points!r}: expected a positive number of plans per arm.")
     config = Config.from_options(options)
-    found: list[Frontier] = []
 
-    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
-        return compile_inductor(gm, inputs, _Explorer(config, dynamo_names(gm), points, found), None)
+    def look(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[None, Frontier]:
+        exact, plans = explore(joint, config, points, joint_inputs=joint_inputs, **kwargs)
+        return None, Frontier(exact, tuple(Point(arm, p.peak, p.seconds, p.held, chosen) for arm, p, chosen in plans))
 
-    args: Sequence[Any] = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, torch.Tensor) else batch
-    try:
-        torch.compile(model, backend=backend)(*args, **(batch if isinstance(batch, Mapping) else {}))
-    except Exception:  # Dynamo wraps _Stop
-        if not found:
-            raise
+    found = look_at(FakeRun.of(model, batch), config, look)
     if not found:
-        raise ValueError(
-            "no training graph was traced: call model.train(), enable gradients, and let the model return what the loss is "
-            "computed from."
-        )
+        raise ReportError(NO_TRAINING_GRAPH)
     return found[0]
-
-
-class _Stop(Exception):
-    """Ends a compilation behind its partition."""
-
-
-class _Explorer(Partitioner):
-    """Looks at a training graph where a partitioner would partition it, and ends the compilation there."""
-
-    def __init__(self, config: Config, names: Sequence[str | None], points: int, found: list[Frontier]) -> None:
-        super().__init__(config, names)
-        self.points, self.found = points, found
-        self.id = uuid.uuid4().hex
-
-    def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
-        exact, plans = explore(gm, self.config, self.points, joint_inputs=joint_inputs, names=self.names, **kwargs)
-        points = tuple(Point(arm, p.peak, p.seconds, p.held, chosen) for arm, p, chosen in plans)
-        self.found.append(Frontier(exact, points))
-        raise _Stop
-
-    def uuid(self) -> str:
-        """Another one for every exploration: no graph in any cache fits, and the graph is traced."""
-        return self.id

@@ -27,12 +27,17 @@ _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 
 
 def compile_inductor(
-    gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner", mode: str | None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    partition_fn: "Partitioner",
+    mode: str | None,
+    compile_graph: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner."""
+    """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner. ``compile_graph`` takes the
+    place of Inductor for the partitioned graphs."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    def compile_graph(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    def with_inductor(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Of the forward or the backward, once the partitioner has run."""
         with torch._inductor.config.patch(partition_fn.inductor), wide_caches():
             return compile_fx_inner(graph, inputs, **kwargs)
@@ -40,7 +45,7 @@ def compile_inductor(
     # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
     patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
     patches = {**patches, "custom_partitioner_fn": partition_fn}
-    compiled: Any = compile_fx(gm, example_inputs, inner_compile=compile_graph, config_patches=patches)
+    compiled: Any = compile_fx(gm, example_inputs, inner_compile=compile_graph or with_inductor, config_patches=patches)
     return compiled
 
 
@@ -59,12 +64,12 @@ def wide_caches() -> Iterator[None]:
     wide = {name: functools.cache(f.__wrapped__) for name, f in narrow.items() if hasattr(f, "__wrapped__")}
     with contextlib.ExitStack() as stack:
         for module in (sizevars, cpp):
-            stack.enter_context(_replaced(module, {n: f for n, f in wide.items() if hasattr(module, n)}))
+            stack.enter_context(replaced(module, {n: f for n, f in wide.items() if hasattr(module, n)}))
         yield
 
 
 @contextlib.contextmanager
-def _replaced(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
+def replaced(module: ModuleType, values: Mapping[str, Any]) -> Iterator[None]:
     """Other values for a module's names, inside."""
     before = {name: getattr(module, name) for name in values}
     vars(module).update(values)

@@ -13,7 +13,7 @@ from wtacrs_fx.passes.account import build_ledger
 from wtacrs_fx.passes.kinds import Kind, classify, is_tangent
 from wtacrs_fx.passes.policy import decide, needed_whole, settle, view_base
 from wtacrs_fx.passes.sample import sample
-from wtacrs_fx.passes.sever import Uncut
+from wtacrs_fx.passes.sever import NoCuts
 from wtacrs_fx.passes.sites import find_sites
 from wtacrs_fx.passes.tangents import find_tangents, handed_over, match_gradients
 from wtacrs_fx.passes.watch import watch
@@ -69,7 +69,7 @@ def rewrite_joint(
     saved = {view_base(n).name for n in handed_over(graph, kinds)}
     plan, _ = settle(plan, saved, needed_whole(plan, kinds), config)
     with watch("sample", graph, config.verbose):
-        done = sample(graph, plan, {n: n for n in graph.nodes}, Uncut(), config)
+        done = sample(graph, plan, {n: n for n in graph.nodes}, NoCuts(), config)
     for decision in plan:
         node = done.products.get(decision.site.node, decision.site.node)
         node.meta["wtacrs"] = {

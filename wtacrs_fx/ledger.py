@@ -1,10 +1,20 @@
 """The ledger: what is saved for the backward at every site, before and now, and why."""
 
+import csv
 import dataclasses
+import io
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from wtacrs_fx import ledger_tables
+from wtacrs_fx.units import format_bytes
+
+LEVELS = ("site", "layer", "tensor", "summary")
+"""Of :meth:`Ledger.table`."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,29 @@ class Entry:
     decision: str
     """"early", "late" or "exact"."""
     reason: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that is held for the backward by eager autograd, by the exact partition or by this one."""
+
+    module: str
+    """The module that computes it; empty for the batch and what the root computes itself."""
+    op: str
+    """The function or module type that computes it; in eager autograd the operation."""
+    shape: tuple[int | str, ...]
+    dtype: str
+    bytes_eager: int = 0
+    bytes_exact: int = 0
+    """Of its storage, counted once; 0 where it is not saved (it is recomputed, or not needed)."""
+    bytes_now: int = 0
+    """Of its storage, or of its kept rows and their indices."""
+    kept: str = ""
+    """Rows of it that its weight gradients are computed from, of how many: "39/128"; empty if it is no sampled input."""
+    needed_by: tuple[str, ...] = ()
+    """What else in the backward of the exact partition reads it, as functions of the forward: "gelu", "LayerNorm"."""
+    decision: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +107,13 @@ class Ledger:
     recomputed: int = 0
     """Operations of the forward that the backward is told to compute again: by the plan for the memory budget, and by the
     user's own checkpoint regions. (The partitioner adds cheap ones of its own.)"""
+    tensors: tuple[Saved, ...] = ()
+    """Everything that is held; the sums over their bytes are the totals."""
+    saved_bytes_eager: int | None = None
+    """What eager autograd saves; None but in a report, since compiling a model does not tell."""
+    predicted_eager: Prediction | None = None
+    notes: tuple[str, ...] = ()
+    """What a report has to say beside its figures."""
 
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
@@ -89,13 +129,58 @@ class Ledger:
 
         Raises: KeyError or TypeError if a field is missing or unknown.
         """
-        entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in data["entries"])
-        parts = tuple(Part(**{**p, "kept": tuple(p["kept"])}) for p in data["parts"])
-        exact, now = (Prediction(**data[k]) if data[k] else None for k in ("predicted_exact", "predicted"))
-        return cls(entries, data["saved_bytes_exact"], data["saved_bytes"], exact, now, parts, data["recomputed"])
+        known = {f.name for f in dataclasses.fields(cls)}
+        if set(data) != known:
+            raise TypeError(f"a ledger has the fields {sorted(known)}, not {sorted(data)}.")
+        rows = {"entries": Entry, "parts": Part, "tensors": Saved}
+        values: dict[str, Any] = {
+            name: tuple(row(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in data[name])
+            for name, row in rows.items()
+        }
+        for name in ("predicted_exact", "predicted", "predicted_eager"):
+            values[name] = Prediction(**data[name]) if data[name] else None
+        return cls(**{**data, **values, "notes": tuple(data["notes"])})
 
-    def table(self) -> str:
-        """One line per site and the totals, as text."""
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_csv(self) -> str:
+        """One line per saved tensor: the fields of :class:`Saved`; bytes as numbers, shapes as "8x128"."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(f.name for f in dataclasses.fields(Saved))
+        for t in self.tensors:
+            writer.writerow(
+                ("x" if name == "shape" else ", ").join(map(str, value)) if isinstance(value, tuple) else value
+                for name, value in vars(t).items()
+            )
+        return text.getvalue()
+
+    def plot(self, path: "str | Path") -> None:
+        """Stacked bars per layer: eager, Inductor, wtacrs. Raises ImportError without matplotlib (the extra ``plot``)."""
+        ledger_tables.plot(self, path)
+
+    def table(self, level: str = "site") -> str:
+        """The ledger as text.
+
+        Args:
+            level: "site": one line per weight-gradient product. "layer": one per layer, identical ones folded, with what is
+                held by eager autograd, by Inductor's partition and by this one. "tensor": the same per saved tensor, and what
+                else needs it. "summary": the totals.
+
+        Raises:
+            ValueError: an unknown level.
+        """
+        if level == "site":
+            return self._site_table()
+        if level not in LEVELS:
+            raise ValueError(f"level={level!r}: expected one of {', '.join(map(repr, LEVELS))}.")
+        tables = {"layer": ledger_tables.layer_table, "tensor": ledger_tables.tensor_table}
+        parts = [tables[level](self)] if level in tables else []
+        return "\n".join([*parts, self.summary()])
+
+    def _site_table(self) -> str:
         rows = [
             (
                 e.module,
@@ -119,29 +204,19 @@ class Ledger:
         return f"{text}\n{self.summary()}"
 
     def summary(self) -> str:
-        """The totals in one line, and what is predicted in another."""
+        """The totals in one line, what is predicted in another, and the notes."""
         share = self.saved_bytes / self.saved_bytes_exact if self.saved_bytes_exact else 1.0
+        eager = "" if self.saved_bytes_eager is None else f"eager {format_bytes(self.saved_bytes_eager)}, "
         text = (
-            f"saved for backward: exact {format_bytes(self.saved_bytes_exact)}, now {format_bytes(self.saved_bytes)} "
+            f"saved for backward: {eager}exact {format_bytes(self.saved_bytes_exact)}, now {format_bytes(self.saved_bytes)} "
             f"({share:.2f}x); sites: {self.count('early')} early, {self.count('late')} late, {self.count('exact')} exact"
         )
         if self.predicted and self.predicted_exact:
             now, exact = self.predicted, self.predicted_exact
+            eager = "" if self.predicted_eager is None else f"eager {format_bytes(self.predicted_eager.peak)}, "
             text += (
-                f"\npredicted peak of activations: exact {format_bytes(exact.peak)}, now {format_bytes(now.peak)} "
+                f"\npredicted peak of activations: {eager}exact {format_bytes(exact.peak)}, now {format_bytes(now.peak)} "
                 f"({now.peak / max(1, exact.peak):.2f}x); FLOPs {now.flops / max(1, exact.flops):.2f}x, "
                 f"time {now.seconds / max(1e-30, exact.seconds):.2f}x"
             )
-        return text
-
-
-def format_bytes(n: int) -> str:
-    """``1536`` -> ``1.5 KiB``; 0 -> ``-``."""
-    if n == 0:
-        return "-"
-    value = float(n)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        return "\n".join([text, *self.notes])

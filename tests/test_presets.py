@@ -1,0 +1,118 @@
+"""Models by name, by config file and from Python; the command ``wtacrs-fx report``."""
+
+import json
+
+import pytest
+import torch
+
+from wtacrs_fx import presets
+from wtacrs_fx.cli import main
+from wtacrs_fx.errors import ReportError
+from wtacrs_fx.presets import PRESETS, build
+
+from small_presets import OVERRIDES, small
+
+PARAMETERS = {
+    "bert-base": 109e6,
+    "bert-large": 335e6,
+    "t5-base": 223e6,
+    "t5-large": 738e6,
+    "t5-3b": 2852e6,
+    "opt-1.3b": 1316e6,
+    "gpt2": 124e6,
+    "gpt2-xl": 1558e6,
+    "llama-3.2-1b": 1236e6,
+    "llama-3-8b": 8030e6,
+    "qwen2.5-7b": 7616e6,
+    "vit-base": 86e6,
+    "whisper-small": 242e6,
+}
+"""As published."""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_size_is_the_published_one(name):
+    model, _ = build(name, batch_size=1, length=8)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[name], rel=0.01)
+    assert model.training
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_lora_trains_the_adapters_only():
+    model, _ = small("llama-3-8b", lora={"r": 4}, dtype=torch.bfloat16)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in n for n in trained)
+    assert {p.dtype for n, p in model.named_parameters() if n not in trained} == {torch.bfloat16}
+
+
+def test_config_file(tmp_path):
+    path = tmp_path / "config.json"
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], **OVERRIDES["bert"]}
+    path.write_text(json.dumps(config))
+    for name in (path, tmp_path):
+        model, batch = build(str(name), batch_size=2, length=8)
+        assert type(model).__name__ == "BertForSequenceClassification"
+        assert batch["input_ids"].shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "expected a transformers config.json"),
+        ("[1]", "expected a transformers config.json"),
+        ("{}", "'model_type'"),
+        ('{"model_type": "no-such-model"}', "cannot read it"),
+        ('{"model_type": "bert"}', "task=None: expected one of classification, causal-lm"),
+    ],
+)
+def test_config_files_that_cannot_be_read(tmp_path, text, words):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ReportError, match=words):
+        build(str(path), batch_size=2, length=8)
+
+
+def test_bad_names():
+    with pytest.raises(ReportError, match=r"neither a preset nor a config file\. Presets: bert-base, bert-large"):
+        build("bert-bass", batch_size=2, length=8)
+    with pytest.raises(ReportError, match="vit-base has no model for task 'seq2seq'"):
+        build("vit-base", batch_size=2, length=8, task="seq2seq")
+    with pytest.raises(ReportError, match="lora"):
+        small("bert-base", lora={"rank": 4})
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "bert-small", presets.Preset("bert", "classification", OVERRIDES["bert"]))
+    files = {kind: tmp_path / f"report.{kind}" for kind in ("json", "csv")}
+    command = ["report", "--model", "bert-small", "--ratio", "0.25", "--option", "min_bytes=0"]
+    options = ["--option", "memory_budget=None"]
+    assert main([*command, *options, *(x for kind, path in files.items() for x in (f"--{kind}", str(path)))]) == 0
+    out = capsys.readouterr().out
+    assert "bert.encoder.layer.0" in out
+    assert "total at the peak" in out
+    assert json.loads(files["json"].read_text())["saved_bytes"] > 0
+    assert files["csv"].read_text().startswith("module,op,shape")
+    for extra, words in (
+        (["--gpu-memory", "80 Gigs"], "'80 Gigs'"),
+        (["--gpu-memory", "1 MB"], "1 MB: parameters"),
+        (["--option", "ration=3"], "Did you mean 'ratio'?"),
+        (["--option", "late"], "expected NAME=VALUE"),
+        (["--ratio", "2"], "0 < ratio <= 1"),
+    ):
+        assert main([*command, *options, *extra]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_command_finds_the_largest_batch_of_a_python_model(tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_net.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.Tanh(), torch.nn.Linear(512, 1))\n"
+        "    return model, torch.randn(64, 256)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "--python", "my_net:make", "--gpu-memory", "8 MB", "--optimizer", "sgd"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[:5] == ["largest", "batch", "in", "8", "MB"]
+    assert int(last[-1]) >= int(last[-2]) > 64

@@ -1,0 +1,207 @@
+"""The report before training: bytes as measured, tables, files, and what it refuses."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import wtacrs_fx
+from wtacrs_fx.backend import Partitioner, dynamo_names
+from wtacrs_fx.benchmarks import measure
+from wtacrs_fx.config import Config
+from wtacrs_fx.errors import ReportError
+from wtacrs_fx.inductor import compile_inductor
+from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.presets import PRESETS
+from wtacrs_fx.tracing import uncompiled
+
+from helpers import SMALL, Transformer, transformer_batch
+from small_presets import small
+
+FAMILIES = {p.model_type: name for name, p in PRESETS.items()}
+"""One preset of each: those of a family differ in sizes, which :func:`small` overrides."""
+
+
+def held(model: nn.Module, batch, **options) -> int:
+    """What autograd holds for a compiled model, everything as with Inductor but its code generation."""
+    torch._dynamo.reset()
+    config = Config.from_options(options)
+
+    def backend(gm, inputs):
+        partition_fn = Partitioner(config, dynamo_names(gm))
+        return compile_inductor(gm, inputs, partition_fn, None, compile_graph=uncompiled)
+
+    with measure.held(model) as count:
+        output = torch.compile(model, backend=backend)(**batch)
+    assert output.loss.requires_grad
+    return count.bytes
+
+
+@pytest.mark.parametrize("preset", [FAMILIES[f] for f in FAMILIES])
+def test_every_column_is_what_autograd_holds(preset):
+    options = {"ratio": 0.3, **SMALL}
+    ledger = wtacrs_fx.report(*small(preset), **options)
+    model, batch = small(preset, device="cpu")
+    with measure.held(model) as count:
+        output = model(**batch)
+    assert output.loss.requires_grad
+    assert count.bytes == ledger.saved_bytes_eager
+    assert held(model, batch, **options) == ledger.saved_bytes
+    assert held(model, batch, **{**options, "ratio": 1.0}) == ledger.saved_bytes_exact
+    for field, total in zip(
+        ("bytes_eager", "bytes_exact", "bytes_now"),
+        (ledger.saved_bytes_eager, ledger.saved_bytes_exact, ledger.saved_bytes),
+    ):
+        assert sum(getattr(t, field) for t in ledger.tensors) == total
+
+
+class Mlp(nn.Module):
+    """Three equal layers and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = nn.functional.gelu(layer(x))
+        return self.head(x).mean()
+
+
+MLP_LAYERS = """
+layer            eager     inductor    wtacrs    most of it now
+---------------  --------  ----------  --------  -------------------
+(batch)          32.0 KiB  32.0 KiB    8.2 KiB   (batch) (batch)
+layers.0-2 (x3)  96.0 KiB  96.0 KiB    96.0 KiB  layers.0-2 (Linear)
+(model)          96.0 KiB  96.0 KiB    33.0 KiB  (model) (gelu)
+"""
+
+TRANSFORMER_LAYERS = """
+layer            eager      inductor    wtacrs     most of it now
+---------------  ---------  ----------  ---------  -------------------
+(batch)          32.1 KiB   32.1 KiB    32.1 KiB   (batch) (batch)
+blocks.0         546.0 KiB  514.0 KiB   299.8 KiB  up (Linear)
+blocks.1-2 (x2)  1.1 MiB    1.1 MiB     661.5 KiB  up (Linear)
+blocks.3         514.0 KiB  545.0 KiB   330.8 KiB  up (Linear)
+(model)          2.1 KiB    2.0 KiB     2.0 KiB    (model) (mean)
+classifier       -          128 B       128 B      classifier (Linear)
+"""
+
+MLP_TENSORS = """
+layer            module    op         shape    dtype    eager     inductor    wtacrs    rows kept    decision    reason
+---------------  --------  ---------  -------  -------  --------  ----------  --------  -----------  ----------  -------------------------------------------------
+(batch)                    batch      128x64   float32  32.0 KiB  32.0 KiB    8.2 KiB   32/128       early       chosen in the forward, only these rows are kept
+layers.0-2 (x3)            Linear     128x64   float32  32.0 KiB  32.0 KiB    32.0 KiB                           needed by gelu
+(model)                    gelu       128x64   float32  32.0 KiB  32.0 KiB    512 B     32/128       late        input recomputed at the kept rows
+                           gelu       128x64   float32  32.0 KiB  32.0 KiB    512 B     32/128       late        input recomputed at the kept rows
+                           gelu       128x64   float32  32.0 KiB  32.0 KiB    32.0 KiB               exact       excluded by 'head'
+                           draw_seed  1        int64    -         -           8 B                                what the rows' draws start from; needed by Linear
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Ledger:
+    return wtacrs_fx.report(Mlp(), torch.randn(128, 64), ratio=0.25, **SMALL)
+
+
+def rows(table: str) -> str:
+    """A table without trailing blanks and without the summary, whose predicted times are for other tests."""
+    lines = [line.rstrip() for line in table.splitlines()]
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if line.startswith("saved for backward"))])
+
+
+@pytest.mark.parametrize(("level", "text"), [("layer", MLP_LAYERS), ("tensor", MLP_TENSORS)])
+def test_tables_of_a_perceptron(ledger, level, text):
+    assert rows(ledger.table(level)) == text.strip()
+
+
+def test_tables_of_a_transformer():
+    ledger = wtacrs_fx.report(Transformer(layers=4), transformer_batch(), ratio=0.25, **SMALL)
+    assert rows(ledger.table("layer")) == TRANSFORMER_LAYERS.strip()
+
+
+def test_files(ledger, tmp_path):
+    assert Ledger.from_dict(json.loads(ledger.to_json())) == ledger
+    lines = list(csv.DictReader(io.StringIO(ledger.to_csv())))
+    assert len(lines) == len(ledger.tensors)
+    for column, total in (
+        ("bytes_eager", ledger.saved_bytes_eager),
+        ("bytes_exact", ledger.saved_bytes_exact),
+        ("bytes_now", ledger.saved_bytes),
+    ):
+        assert sum(int(r[column]) for r in lines) == total
+    ledger.plot(tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+    assert ledger.table("summary") == ledger.summary()
+    with pytest.raises(ValueError, match="level='row': expected one of 'site', 'layer'"):
+        ledger.table("row")
+
+
+def test_nothing_of_the_model_is_touched_and_the_backend_says_the_same():
+    model, x = Mlp(), torch.randn(128, 64)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    found = wtacrs_fx.report(model, x, **SMALL)
+    assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
+    backend = wtacrs_fx.Backend(inner="eager", **SMALL)
+    torch.compile(model, backend=backend)(x).backward()
+    assert backend.ledger.saved_bytes_eager is None
+    assert [t.bytes_now for t in backend.ledger.tensors] == [
+        t.bytes_now for t in found.tensors if t.bytes_exact or t.bytes_now
+    ]
+    assert "eager" not in backend.ledger.table("layer")
+
+
+def test_eager_peak_is_the_measured_one():
+    model, batch = Transformer(dropout=0.1), transformer_batch()
+    predicted = wtacrs_fx.report(model, batch, **SMALL).predicted_eager
+    measured = measure.peaks(lambda: model(*batch).backward(), model)
+    assert measured.activations == pytest.approx(predicted.peak, rel=0.01)
+    assert measured.total == pytest.approx(predicted.allocated, rel=0.01)
+
+
+def test_symbolic_sizes_are_printed_as_symbols():
+    backend = wtacrs_fx.Backend(inner="eager", **SMALL)
+    torch.compile(Mlp(), backend=backend, dynamic=True)(torch.randn(128, 64)).backward()
+    assert any(isinstance(s, str) for t in backend.ledger.tensors for s in t.shape), backend.ledger.table("tensor")
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.a(x))
+        torch._dynamo.graph_break()
+        return self.b(x.sin()).square().mean()
+
+
+def test_graph_breaks_are_told_and_each_graph_is_reported():
+    ledger = wtacrs_fx.report(Broken(), torch.randn(128, 64), **SMALL)
+    assert ledger.notes[0].startswith("training graphs: 2")
+    assert any("test_report.py:" in line and "graph_break" in line for line in ledger.notes)
+    assert {e.module for e in ledger.entries} == {"a", "b"}
+    assert ledger.notes[1] in ledger.summary()
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "options", "words"),
+    [
+        (nn.ReLU(), torch.ones(3), {}, "ReLU has no parameter that requires a gradient"),
+        (nn.Linear(3, 3).requires_grad_(False), torch.ones(3), {}, "no parameter that requires a gradient"),
+        (nn.Linear(3, 3), torch.ones(3, device="meta"), {}, "the batch is on meta and the model on cpu"),
+    ],
+)
+def test_what_cannot_be_reported(model, batch, options, words):
+    with pytest.raises(ReportError, match=words):
+        wtacrs_fx.report(model, batch, **options)
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch has CUDA")
+def test_cuda_without_cuda_is_refused():
+    with pytest.raises(ReportError, match="built without CUDA"):
+        wtacrs_fx.report(Mlp(), torch.ones(8, 64), device="cuda")

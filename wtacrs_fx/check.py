@@ -1,0 +1,192 @@
+"""``wtacrs_fx.check``: are the gradients of this model on this batch unbiased, how noisy, and are the bytes as said?"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from wtacrs_fx.backend import Backend
+from wtacrs_fx.benchmarks import measure
+from wtacrs_fx.config import Config
+from wtacrs_fx.errors import ReportError
+from wtacrs_fx.tracing import Batch, call, starts
+from wtacrs_fx.units import format_bytes
+
+DRAWS = 40
+
+MAX_Z = 5.0
+"""A mean further than this from the exact gradient is no chance: of 100 layers at 40 draws, one in about 800 checks has one
+(Student's t, 39 degrees of freedom)."""
+
+TOLERANCE = 1e-3
+"""Relative, of gradients that no sample touches: rounding of another order of operations, in float32."""
+
+ROUNDING = 1e-6
+"""Added to the standard error, for gradients that hardly vary."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A sampled weight gradient over all draws."""
+
+    module: str
+    decision: str
+    kept: str
+    error: float
+    """Mean of ||G' - G||^2 / ||G||^2, for G' a draw and G the exact gradient."""
+    cosine: float
+    """Mean of the cosine of the angle between G' and G."""
+    z: float
+    """Of the mean of <G', G> / ||G||^2, which is 1 if G' is unbiased: (mean - 1) / standard error."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was measured, and the verdict."""
+
+    layers: tuple[Layer, ...]
+    draws: int
+    saved_bytes: int
+    """What autograd held for the compiled model."""
+    predicted_bytes: int
+    saved_bytes_exact: int
+    """What it held for the same model compiled exactly."""
+    predicted_bytes_exact: int
+    untouched: float
+    """Largest relative difference of a gradient that should be exact."""
+    tolerance: float = TOLERANCE
+    """Bound of ``untouched``."""
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong; empty if nothing is."""
+        found = []
+        biased = [layer.module for layer in self.layers if abs(layer.z) > MAX_Z]
+        if biased:
+            found.append(f"the mean gradient is off (|z| > {MAX_Z:g}) in {', '.join(biased)}")
+        if self.untouched > self.tolerance:
+            found.append(f"a gradient that should be exact differs by {self.untouched:.1e} of its norm")
+        if (self.saved_bytes, self.saved_bytes_exact) != (self.predicted_bytes, self.predicted_bytes_exact):
+            found.append("the bytes held are not the predicted ones")
+        return found
+
+    def table(self) -> str:
+        """One line per sampled layer, the bytes, and the verdict."""
+        rows = [(x.module, x.decision, x.kept, f"{x.error:.2g}", f"{x.cosine:.3f}", f"{x.z:+.1f}") for x in self.layers]
+        headers = ("layer", "decision", "rows kept", "relative squared error", "cosine", "z of the mean")
+        text = tabulate(rows, headers, disable_numparse=True)
+        for name, measured, predicted in (
+            ("exact", self.saved_bytes_exact, self.predicted_bytes_exact),
+            ("sampled", self.saved_bytes, self.predicted_bytes),
+        ):
+            text += (
+                f"\nsaved for backward, {name}: measured {format_bytes(measured)} ({measured} B), "
+                f"predicted {format_bytes(predicted)} ({predicted} B)"
+            )
+        return f"{text}\n{self.verdict()}"
+
+    def verdict(self) -> str:
+        """In plain words."""
+        if self.faults:
+            return f"Not as it should be: {'; '.join(self.faults)}."
+        largest = max((abs(x.z) for x in self.layers), default=0.0)
+        share = self.saved_bytes / max(1, self.saved_bytes_exact)
+        return (
+            f"As it should be: {len(self.layers)} sampled gradients without bias in {self.draws} draws (largest |z| "
+            f"{largest:.1f}, bound {MAX_Z:g}), the others exact, bytes as predicted ({share:.2f} of exact training's)."
+        )
+
+
+def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any) -> Check:
+    """Train a model for one step many times on one batch, and compare its gradients with the exact ones.
+
+    The exact gradients are those of the same backend with ratio 1, from the same random state, so that dropout is the same.
+    Gradients in ``.grad`` are cleared; nothing else of the model is changed but what its forward changes.
+
+    Args:
+        model, batch: real ones, on their device, as for :func:`wtacrs_fx.report`.
+        draws: how many samples; at least 2.
+        options: the fields of :class:`wtacrs_fx.Config`. With ``seed`` None it is 0: rows must differ where dropout must not.
+
+    Raises:
+        ReportError: fewer than 2 draws, nothing is sampled, or the model returns nothing to train on.
+    """
+    if draws < 2:
+        raise ReportError(f"draws={draws}: expected at least 2, since a standard error is computed.")
+    config = Config.from_options(options)
+    config = dataclasses.replace(config, seed=0 if config.seed is None else config.seed)
+    exact_backend, backend = Backend(dataclasses.replace(config, ratio=1.0, memory_budget=None)), Backend(config)
+    with torch.random.fork_rng():
+        exact, held_exact = _step(torch.compile(model, backend=exact_backend, dynamic=False), model, batch)
+        compiled = torch.compile(model, backend=backend, dynamic=False)
+        grads, held = _step(compiled, model, batch)
+        entries = {_parameter(e.module, exact): e for e in backend.ledger.entries if e.decision != "exact"}
+        if not entries:
+            raise ReportError(f"nothing is sampled, so there is nothing to check:\n{backend.ledger.table()}")
+        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in entries}
+        untouched = 0.0
+        for draw in range(draws):
+            grads = grads if draw == 0 else _step(compiled, model, batch)[0]
+            for name, numbers in found.items():
+                numbers.append(_compare(grads[name], exact[name]))
+            rest = (math.sqrt(_compare(grads[n], g)[0]) for n, g in exact.items() if n not in found)
+            untouched = max(untouched, *rest, 0.0)
+    return Check(
+        layers=tuple(_layer(e.module, e.decision, f"{e.kept}/{e.rows}", found[n]) for n, e in entries.items()),
+        draws=draws,
+        saved_bytes=held,
+        predicted_bytes=sum(g.saved_bytes for g in backend.ledgers),
+        saved_bytes_exact=held_exact,
+        predicted_bytes_exact=sum(g.saved_bytes_exact for g in exact_backend.ledgers),
+        untouched=untouched,
+        tolerance=max(TOLERANCE, *(8 * torch.finfo(g.dtype).eps for g in exact.values())),
+    )
+
+
+def _step(compiled: Any, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], int]:
+    """Gradients by name and bytes held, from the same random state every time."""
+    torch.manual_seed(0)
+    model.zero_grad(set_to_none=True)
+    with measure.held(model) as held:
+        roots = starts(call(compiled, batch))
+    held_bytes = held.bytes
+    torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return grads, held_bytes
+
+
+def _parameter(module: str, grads: Mapping[str, Tensor]) -> str:
+    """Name of the weight of a site: the module's, or the site's own name where that is a parameter."""
+    for name in (f"{module}.weight", module, "weight"):
+        if name in grads:
+            return name
+    raise ReportError(f"{module} is sampled, and no parameter of that name has a gradient; leave it out by exclude.")
+
+
+def _compare(found: Tensor, exact: Tensor) -> tuple[float, float, float]:
+    """Relative squared error, cosine, and the projection <G', G> / ||G||^2."""
+    g, h = exact.double().flatten(), found.double().flatten()
+    norm = float(g @ g)
+    if norm == 0.0:
+        return float(h @ h), 1.0, 1.0
+    dot = float(g @ h)
+    return float((h - g) @ (h - g)) / norm, dot / math.sqrt(norm * max(float(h @ h), 1e-300)), dot / norm
+
+
+def _layer(module: str, decision: str, kept: str, numbers: Sequence[tuple[float, float, float]]) -> Layer:
+    errors, cosines, projections = (torch.tensor(x, dtype=torch.float64) for x in zip(*numbers))
+    standard_error = float(projections.std()) / math.sqrt(len(numbers)) + ROUNDING
+    return Layer(
+        module=module,
+        decision=decision,
+        kept=kept,
+        error=float(errors.mean()),
+        cosine=float(cosines.mean()),
+        z=(float(projections.mean()) - 1) / standard_error,
+    )

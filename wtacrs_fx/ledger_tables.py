@@ -1,0 +1,129 @@
+"""Tables and a picture of a ledger's saved tensors, equal layers folded."""
+
+import dataclasses
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from wtacrs_fx.units import format_bytes
+
+if TYPE_CHECKING:
+    from wtacrs_fx.ledger import Ledger, Saved
+
+ARMS = {"eager": "bytes_eager", "inductor": "bytes_exact", "wtacrs": "bytes_now"}
+"""Title of a column -> field of :class:`wtacrs_fx.ledger.Saved`."""
+
+BATCH, ROOT = "(batch)", "(model)"
+"""Stand for the module of what is given to the model, and of what the model's own forward computes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Saved tensors of a layer, or of each of ``count`` layers that are alike."""
+
+    name: str
+    tensors: tuple["Saved", ...]
+    """Of the first of them; module paths below it are relative."""
+    count: int = 1
+
+    def total(self, field: str) -> int:
+        """Bytes of all of them."""
+        return self.count * sum(getattr(t, field) for t in self.tensors)
+
+
+def layer_name(tensor: "Saved") -> str:
+    """``encoder.layer.0.attention.self`` -> ``encoder.layer.0``; without a number, the first two parts."""
+    if not tensor.module:
+        return BATCH if tensor.op == "batch" else ROOT
+    parts = tensor.module.split(".")
+    number = next((i for i, p in enumerate(parts) if p.isdigit()), 1)
+    return ".".join(parts[: number + 1])
+
+
+def layers(tensors: Iterable["Saved"]) -> list[Layer]:
+    """Tensors by layer, in the order in which layers first appear."""
+    groups: dict[str, list[Saved]] = {}
+    for t in tensors:
+        name = layer_name(t)
+        groups.setdefault(name, []).append(dataclasses.replace(t, module=t.module.removeprefix(name).lstrip(".")))
+    return [Layer(name, tuple(group)) for name, group in groups.items()]
+
+
+def fold(found: Sequence[Layer]) -> list[Layer]:
+    """Numbered layers of one list with equal tensors as one, where the first of them stands: ``encoder.layer.0,2-11``."""
+    groups: dict[Hashable, list[Layer]] = {}
+    for layer in found:
+        prefix, _, number = layer.name.rpartition(".")
+        own = tuple(sorted(map(repr, layer.tensors)))
+        groups.setdefault((prefix, own) if number.isdigit() else layer.name, []).append(layer)
+    return [Layer(_joint_name(group), group[0].tensors, len(group)) for group in groups.values()]
+
+
+def _joint_name(group: Sequence[Layer]) -> str:
+    """``encoder.layer.0``, ``encoder.layer.1``, ``encoder.layer.3`` -> ``encoder.layer.0-1,3``."""
+    if len(group) == 1:
+        return group[0].name
+    prefix = group[0].name.rpartition(".")[0]
+    numbers = sorted(int(layer.name.rpartition(".")[2]) for layer in group)
+    ranges = []
+    for _, run in itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
+        members = [n for _, n in run]
+        ranges.append(f"{members[0]}" if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return f"{prefix}.{','.join(ranges)}".lstrip(".")
+
+
+def layer_table(ledger: "Ledger") -> str:
+    """One line per layer: bytes of each arm, and what holds most of what is left."""
+    arms = _arms(ledger)
+    rows = []
+    for layer in fold(layers(ledger.tensors)):
+        largest = max(layer.tensors, key=lambda t: t.bytes_now)
+        held = f"{largest.module or layer.name} ({largest.op})" if largest.bytes_now else ""
+        rows.append((_times(layer), *(format_bytes(layer.total(f)) for f in arms.values()), held))
+    return tabulate(rows, ("layer", *arms, "most of it now"), disable_numparse=True)
+
+
+def tensor_table(ledger: "Ledger") -> str:
+    """One line per saved tensor of a layer; bytes are those of one layer."""
+    arms = _arms(ledger)
+    rows = []
+    for layer in fold(layers(ledger.tensors)):
+        for i, t in enumerate(layer.tensors):
+            needed = f"{'also ' if t.kept else ''}needed by {', '.join(t.needed_by)}" if t.needed_by else ""
+            why = "; ".join(filter(None, (t.reason, needed)))
+            shape = "x".join(map(str, t.shape))
+            sizes = (format_bytes(getattr(t, f)) for f in arms.values())
+            rows.append(
+                (_times(layer) if not i else "", t.module, t.op, shape, t.dtype, *sizes, t.kept, t.decision, why)
+            )
+    headers = ("layer", "module", "op", "shape", "dtype", *arms, "rows kept", "decision", "reason")
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+def plot(ledger: "Ledger", path: "str | Path") -> None:
+    """A bar per arm, its layers stacked."""
+    from matplotlib.figure import Figure
+
+    arms = _arms(ledger)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    bottom = [0.0] * len(arms)
+    for layer in fold(layers(ledger.tensors)):
+        heights = [layer.total(f) / 2**20 for f in arms.values()]
+        axes.bar(list(arms), heights, bottom=bottom, label=_times(layer), edgecolor="white")
+        bottom = [a + b for a, b in zip(bottom, heights)]
+    axes.set(ylabel="saved for the backward [MiB]")
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path)
+
+
+def _arms(ledger: "Ledger") -> dict[str, str]:
+    """The columns: without eager autograd where nobody has looked."""
+    return {k: v for k, v in ARMS.items() if k != "eager" or ledger.saved_bytes_eager is not None}
+
+
+def _times(layer: Layer) -> str:
+    return layer.name if layer.count == 1 else f"{layer.name} (x{layer.count})"

@@ -1,0 +1,137 @@
+"""Say what a model would hold for its backward, and which batch would fit, before anything runs.
+
+The model is traced without weights and without compute. Presets need transformers, but no download.
+"""
+
+import argparse
+import ast
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wtacrs_fx.config import Config
+from wtacrs_fx.errors import BudgetError, ReportError
+from wtacrs_fx.ledger import LEVELS, Ledger
+from wtacrs_fx.presets import PRESETS, TASKS, build
+from wtacrs_fx.report import report
+from wtacrs_fx.tracing import Batch
+from wtacrs_fx.training_memory import ARMS, OPTIMIZERS, StepTraces, table
+from wtacrs_fx.units import positive
+
+HELP = "what a model holds for its backward: eager, Inductor, wtacrs; and the largest batch that fits"
+
+ERRORS = (ReportError, BudgetError)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The options of ``wtacrs-fx report``."""
+    add_model(parser)
+    parser.add_argument("--device", help="predict for this device, for example cuda (the model's own)")
+    parser.add_argument("--level", choices=LEVELS, default="layer", help="detail of the table (%(default)s)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help='find the largest batch that fits, for example "80GiB"')
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(%(default)s)")
+    parser.add_argument("--optimizer-8bit", action="store_true", help="its states in 8 bits")
+    for kind in ("json", "csv", "plot"):
+        parser.add_argument(f"--{kind}", type=Path, metavar="PATH", help=f"write the saved tensors as {kind} too")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, on what batch, with which options of the backend."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="NAME", help=f"a transformers config.json, or one of {', '.join(PRESETS)}")
+    source.add_argument("--python", metavar="MODULE:FUNCTION", help="a function that returns (model, batch)")
+    parser.add_argument("--task", choices=list(TASKS), help="(the usual one)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="(%(default)s)")
+    parser.add_argument("--seq-len", type=positive, default=128, help="tokens (%(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the parameters (%(default)s)")
+    parser.add_argument("--lora", metavar="r=32[,...]", help="train adapters only; arguments of peft's LoraConfig")
+    parser.add_argument("--ratio", type=float, default=Config().ratio, help="share of rows kept (%(default)s)")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="any option of the backend")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report and write its files. Raises: ReportError or BudgetError, with what to do about it."""
+    model, batch = load(args)
+    options = backend_options(args)
+    traces = checked(StepTraces, model, batch, args.optimizer, eight_bit=args.optimizer_8bit, **options)
+    if args.gpu_memory:
+        checked(traces.limit, args.gpu_memory)  # before anything is traced
+    ledger: Ledger = checked(report, model, batch, device=args.device, **options)
+    print(ledger.table(args.level))
+    traces.add(ledger)
+    found = [traces.at(arm, traces.batch_size) for arm in ARMS]
+    largest = {arm: checked(traces.largest_batch, arm, args.gpu_memory) for arm in ARMS} if args.gpu_memory else None
+    print(f"\nTraining with {args.optimizer}{' (8-bit)' * args.optimizer_8bit}, batch of {traces.batch_size}:")
+    print(table(found, largest, args.gpu_memory or ""))
+    if args.json:
+        args.json.write_text(ledger.to_json())
+    if args.csv:
+        args.csv.write_text(ledger.to_csv())
+    if args.plot:
+        ledger.plot(args.plot)
+    return 0
+
+
+def load(args: argparse.Namespace, device: str = "meta") -> tuple[nn.Module, Batch]:
+    """The model and the batch that the command line asks for."""
+    if args.python:
+        return _from_python(args.python)
+    return build(
+        args.model,
+        task=args.task,
+        batch_size=args.batch_size,
+        length=args.seq_len,
+        dtype=DTYPES[args.dtype],
+        lora=_assignments("--lora", args.lora.split(",")) if args.lora else None,
+        device=device,
+    )
+
+
+def backend_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the backend that the command line asks for."""
+    return {"ratio": args.ratio, **_assignments("--option", args.option)}
+
+
+def checked(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call it; what is wrong with an option's value is an error that is meant for the user."""
+    try:
+        return function(*args, **kwargs)
+    except (BudgetError, ReportError):
+        raise
+    except (TypeError, ValueError) as error:
+        raise ReportError(str(error)) from error
+
+
+def _from_python(name: str) -> tuple[nn.Module, Batch]:
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        result = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ReportError(f"--python {name}: {error}; expected MODULE:FUNCTION, importable from here.") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
+        raise ReportError(f"--python {name}: it returned {type(result).__name__}, expected a tuple (model, batch).")
+    return result
+
+
+def _assignments(option: str, texts: list[str]) -> Mapping[str, Any]:
+    """``["r=32", "late=exact"]`` -> ``{"r": 32, "late": "exact"}``: Python literals, or text."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, found, value = text.partition("=")
+        if not found:
+            raise ReportError(f"{option} {text}: expected NAME=VALUE.")
+        try:
+            values[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name.strip()] = value
+    return values

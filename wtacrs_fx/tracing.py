@@ -1,0 +1,200 @@
+"""Trace a model for training without weights, data or compute, and look at what the backend would be given."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from wtacrs_fx.backend import Partitioner, dynamo_names
+from wtacrs_fx.config import Config
+from wtacrs_fx.errors import ReportError
+from wtacrs_fx.inductor import compile_inductor
+
+Batch = Mapping[str, Any] | Sequence[Any] | Tensor
+T = TypeVar("T")
+
+Look = Callable[..., tuple[tuple[GraphModule, GraphModule] | None, T]]
+"""``look(joint, joint_inputs, names=..., **partitioner's keywords)`` -> (forward and backward or None to end there, result)."""
+
+
+NO_TRAINING_GRAPH = (
+    "no training graph was traced: call model.train(), enable gradients, and let the model return what the loss is computed "
+    "from."
+)
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """A model and a batch of fake tensors: shapes and types, no memory, no compute."""
+
+    model: nn.Module
+    batch: Batch
+    mode: FakeTensorMode
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch, device: str | torch.device | None = None) -> "FakeRun":
+        """A copy of the model's structure with fake parameters, in the model's own mode (train or eval).
+
+        Args:
+            model: with real parameters or with fake ones (built under ``FakeTensorMode``).
+            batch: keyword arguments (a mapping), positional arguments (a sequence), or the one argument.
+            device: where the copy is to be; None: where the model is, and the CPU for a model on the meta device.
+
+        Raises:
+            ReportError: the model has no parameter that requires a gradient, the batch is on another device, or this build of
+                torch has no autograd for ``device``.
+        """
+        weights = [*model.parameters(), *model.buffers()]
+        if not any(w.requires_grad for w in weights):
+            raise ReportError(
+                f"{type(model).__name__} has no parameter that requires a gradient, so nothing is saved for a backward: give "
+                "a model that is trained (requires_grad_(True) on what is)."
+            )
+        _check_devices(weights, batch)
+        if device is not None:
+            _check_support(torch.device(device))
+        modes = [w.fake_mode for w in weights if isinstance(w, FakeTensor)]
+        mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+        target = "cpu" if device is None and any(w.device.type == "meta" for w in weights) else device
+
+        def fake(tensor: Tensor) -> Tensor:
+            # (a copy also of what is fake already, so that nothing is left in the caller's .grad)
+            result = tensor.detach() if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor.detach())
+            result = result if target is None else torch.empty_like(result, device=target)
+            if isinstance(tensor, nn.Parameter):
+                return nn.Parameter(result, tensor.requires_grad)
+            return result.requires_grad_(tensor.requires_grad)
+
+        with mode:
+            memo: dict[int, Any] = {id(w): fake(w) for w in weights}
+            copied = copy.deepcopy(model, memo)
+            fakes = tree_map_only(Tensor, fake, batch)
+        return cls(copied, fakes, mode)
+
+    def resized(self, old: int, new: int) -> "FakeRun":
+        """The same with another batch size: of all tensors whose first dimension is ``old``."""
+
+        def resize(tensor: Tensor) -> Tensor:
+            return tensor.new_empty((new, *tensor.shape[1:])) if tensor.dim() and tensor.shape[0] == old else tensor
+
+        with self.mode:
+            return replace(self, batch=tree_map_only(Tensor, resize, self.batch))
+
+    def call(self, function: Callable[..., Any]) -> Any:
+        """Call the model, or what stands for it, with the batch."""
+        with self.mode:
+            return call(function, self.batch)
+
+
+def call(function: Callable[..., Any], batch: Batch) -> Any:
+    """Call a function with a batch."""
+    args: Sequence[Any] = () if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
+    return function(*args, **(batch if isinstance(batch, Mapping) else {}))
+
+
+def starts(output: Any) -> list[Tensor]:
+    """Where the backward starts: at the output called ``loss``, or else at every output that requires a gradient.
+
+    Raises: ReportError: there is none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    leaves = [loss] if isinstance(loss, Tensor) else tree_leaves(output)
+    found = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+    if not found:
+        raise ReportError(
+            "the model returns no tensor that requires a gradient: let it return what the loss is computed from."
+        )
+    return found
+
+
+def look_at(run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = False) -> list[T]:
+    """Let Dynamo and AOTAutograd trace a model, and look at every training graph where a partitioner would partition it.
+
+    Args:
+        run: what to trace.
+        config: the options.
+        look: see :data:`Look`. Nothing is compiled; where ``look`` does not end the tracing, the graphs run on fake tensors.
+        fullgraph: raise ``torch._dynamo.exc.Unsupported`` at a graph break, before anything was looked at.
+    """
+    found: list[T] = []
+
+    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+        looker = _Looker(config, dynamo_names(gm), look, found)
+        return compile_inductor(gm, inputs, looker, None, compile_graph=uncompiled)
+
+    # No graph is taken from a cache. Shapes are those of the batch, whatever was traced before in this process.
+    with (
+        _ended_by_stop(),
+        functorch_config.patch(enable_autograd_cache=False),
+        dynamo_config.patch(run_gc_after_compile=False),  # which takes seconds
+    ):
+        run.call(torch.compile(run.model, backend=backend, fullgraph=fullgraph, dynamic=False))
+    return found
+
+
+class _Stop(Exception):
+    """Ends a compilation behind its partition."""
+
+
+@contextlib.contextmanager
+def _ended_by_stop() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Dynamo wraps it
+        causes: list[BaseException | None] = [error]
+        while causes[-1] is not None and not isinstance(causes[-1], _Stop):
+            inner = getattr(causes[-1], "inner_exception", None)
+            causes.append(inner or causes[-1].__cause__ or causes[-1].__context__)
+        if causes[-1] is None:
+            raise
+
+
+class _Looker(Partitioner, Generic[T]):
+    """Looks at a training graph where a partitioner would partition it."""
+
+    def __init__(self, config: Config, names: Sequence[str | None], look: Look[T], found: list[T]) -> None:
+        super().__init__(config, names)
+        self.look, self.found = look, found
+
+    def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        modules, result = self.look(gm, joint_inputs, names=self.names, **kwargs)
+        self.found.append(result)
+        if modules is None:
+            raise _Stop
+        return modules
+
+
+def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """Stands for Inductor's compilation of a partitioned graph: the graph itself."""
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+    return boxed
+
+
+def _check_devices(weights: Sequence[Tensor], batch: Batch) -> None:
+    devices = sorted({str(w.device) for w in weights})
+    others = sorted({str(t.device) for t in tree_leaves(batch) if isinstance(t, Tensor)} - set(devices))
+    if others:
+        raise ReportError(
+            f"the batch is on {', '.join(others)} and the model on {', '.join(devices)}: move one of them with .to(device)."
+        )
+
+
+def _check_support(device: torch.device) -> None:
+    """Fake tensors of a device need none, but autograd ends the process where torch was built without it."""
+    if device.type == "cuda" and not torch.backends.cuda.is_built():
+        raise ReportError(
+            f"device={str(device)!r}: torch {torch.__version__} is built without CUDA, and its autograd has no CUDA tensors, "
+            "not even fake ones. Install a build of torch with CUDA, or leave device out: what is saved differs between "
+            "devices only where kernels do, such as fused attention."
+        )
