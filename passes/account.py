@@ -5,12 +5,14 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from wtacrs_fx.ledger import Entry, Ledger
+from wtacrs_fx.ledger import Compressed, Entry, Ledger
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.liveness import buffer_bytes
+from wtacrs_fx.passes.pack import Packed
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import saved_tensors
+from wtacrs_fx.passes.sites import module_of
 
 
 def build_ledger(
@@ -54,6 +56,32 @@ def build_ledger(
         )
     before, now = (saved_bytes(g, num_fwd_outputs, weights) for g in (exact, forward))
     return Ledger(tuple(entries), before, now)
+
+
+def packed_entries(packed: Iterable[Packed]) -> list[Compressed]:
+    """Ledger lines of packed masks."""
+    return [compressed_entry(p.mask, (p.packed,), 1, p.readers) for p in packed]
+
+
+def compressed_entry(tensor: Node, written: Iterable[Node], bits: int, readers: Iterable[Node]) -> Compressed:
+    """Ledger line of a tensor that is handed on as ``written``."""
+    value = tensor.meta["val"]
+    return Compressed(
+        tensor=tensor.name,
+        module=module_of(tensor),
+        op=operation_of(tensor),
+        shape=tuple(_size(s) for s in value.shape),
+        dtype=str(value.dtype).removeprefix("torch."),
+        bits=bits,
+        bytes_exact=buffer_bytes(tensor),
+        bytes_now=sum(storages(written).values()),
+        readers=tuple(dict.fromkeys(map(operation_of, readers))),
+    )
+
+
+def operation_of(node: Node) -> str:
+    """The operation that the user's code or autograd called, before it was decomposed."""
+    return str(node.meta.get("original_aten") or node.target).removeprefix("aten.").partition(".")[0]
 
 
 def saved_bytes(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> int:

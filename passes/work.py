@@ -16,10 +16,11 @@ from torch.fx._lazy_graph_module import _make_graph_module
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.account import build_ledger, saved_bytes
+from wtacrs_fx.passes.account import build_ledger, packed_entries, saved_bytes
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
+from wtacrs_fx.passes.pack import Packed, pack_masks
 from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
 from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
@@ -55,6 +56,7 @@ class Work:
     starts: dict[Node, str] = field(default_factory=dict)
     """Tensors from which recomputation starts, and what for."""
     uncut: Uncut | None = None
+    packed: list[Packed] = field(default_factory=list)
 
     @classmethod
     def prepare(
@@ -104,13 +106,16 @@ class Work:
     def run(self) -> None:
         """Cut with everything late; decide on recomputation; settle."""
         budget = self.config.memory_budget is not None
-        if not (budget or self.users or any(d.action is not Action.EXACT for d in self.plan)):
-            return
-        self.first_cut()
-        if budget:
-            self._meet_budget()
-        else:
-            self._settle()
+        if budget or self.users or any(d.action is not Action.EXACT for d in self.plan):
+            self.first_cut()
+            if budget:
+                self._meet_budget()
+            else:
+                self._settle()
+        if self.best is self.exact:
+            self.best = copy_joint(self.exact[0])[0], copy_joint(self.exact[1])[0]
+        if self.config.pack_masks:
+            self.packed = pack_masks(*self.best, self.num_fwd_outputs, self.config.min_bytes)
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
         for module in self.best:
             split_seeds(module.graph)
@@ -178,6 +183,7 @@ class Work:
         ledger = build_ledger(self.plan, self.done, exact, now, self.num_fwd_outputs, self.weights)
         return replace(
             ledger,
+            compressed=tuple(packed_entries(self.packed)),
             predicted_exact=self.prediction,
             predicted=self.predicted(),
             parts=tuple(parts(self.recomputation)) if self.recomputation else (),

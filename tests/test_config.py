@@ -71,6 +71,7 @@ def test_fingerprint_covers_every_option():
         "exclude": (),
         "late": "exact",
         "memory_budget": 0.5,
+        "pack_masks": False,
         "seed": 3,
         "inner": "eager",
         "inductor": {"max_autotune": True},

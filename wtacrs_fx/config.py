@@ -76,6 +76,9 @@ class Config:
         "'auto': the least peak that is predicted to take no longer than exact training. None: no budget; what sampling saves "
         "in time is kept as time, and nothing is recomputed but what Inductor itself recomputes.",
     )
+    pack_masks: bool = _option(
+        True, "Hand masks (of dropout, ReLU) to the backward as one bit an element instead of one byte. Without loss."
+    )
     seed: int | None = _option(
         None, "None: draws follow torch.manual_seed. An integer: draws come from a generator of their own."
     )
@@ -98,8 +101,9 @@ class Config:
             _check_number(
                 "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
             )
-        if not isinstance(self.verbose, bool):
-            raise TypeError(f"verbose={self.verbose!r}: expected True or False.")
+        for name in ("pack_masks", "verbose"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
 
     @classmethod
     def from_options(cls, options: "Mapping[str, Any] | Config | None" = None) -> "Config":

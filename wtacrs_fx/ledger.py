@@ -30,6 +30,27 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """A tensor that the backward is given in fewer bits."""
+
+    tensor: str
+    """Its name in the graph."""
+    module: str
+    """Where it is made."""
+    op: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    bits: int
+    """1: a mask, packed without loss; 8, 4, 2: rounded."""
+    bytes_exact: int
+    """Bytes of the tensor as it is."""
+    bytes_now: int
+    """Bytes of its codes and scales."""
+    readers: tuple[str, ...]
+    """Operations of the backward that read it."""
+
+
+@dataclass(frozen=True)
 class Part:
     """A segment of the forward, and whether the backward computes it again."""
 
@@ -71,6 +92,7 @@ class Ledger:
     predicted: Prediction | None = None
     parts: tuple[Part, ...] = ()
     """Segments, where a memory budget was asked for."""
+    compressed: tuple[Compressed, ...] = ()
 
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
@@ -89,7 +111,10 @@ class Ledger:
         entries = tuple(Entry(**{**e, "shape": tuple(e["shape"])}) for e in data["entries"])
         parts = tuple(Part(**{**p, "kept": tuple(p["kept"])}) for p in data["parts"])
         exact, now = (Prediction(**data[k]) if data[k] else None for k in ("predicted_exact", "predicted"))
-        return cls(entries, data["saved_bytes_exact"], data["saved_bytes"], exact, now, parts)
+        compressed = tuple(
+            Compressed(**{**c, "shape": tuple(c["shape"]), "readers": tuple(c["readers"])}) for c in data["compressed"]
+        )
+        return cls(entries, data["saved_bytes_exact"], data["saved_bytes"], exact, now, parts, compressed)
 
     def table(self) -> str:
         """One line per site and the totals, as text."""
@@ -109,11 +134,34 @@ class Ledger:
         ]
         headers = ("module", "op", "input", "dtype", "rows kept", "exact", "now", "decision", "reason")
         text = tabulate(rows, headers, disable_numparse=True)
+        if self.compressed:
+            text += "\n\n" + self._compressed_table()
         if self.parts:
             lines = [(p.name, p.decision, f"{p.flops_added / 1e9:.2f}", ", ".join(p.kept)) for p in self.parts]
             titles = ("segment of the forward", "in the backward", "GFLOPs added", "tensors saved inside")
             text += "\n\n" + tabulate(lines, titles, disable_numparse=True)
         return f"{text}\n{self.summary()}"
+
+    def _compressed_table(self) -> str:
+        """Tensors in fewer bits; equal ones of one kind are counted in one line."""
+        lines: dict[tuple, list[Compressed]] = {}
+        for c in self.compressed:
+            lines.setdefault((c.op, c.shape, c.dtype, c.bits, c.readers), []).append(c)
+        rows = [
+            (
+                f"{same[0].module or same[0].tensor}" + (f" and {len(same) - 1} more" if len(same) > 1 else ""),
+                op,
+                "x".join(map(str, shape)),
+                dtype,
+                bits,
+                format_bytes(sum(c.bytes_exact for c in same)),
+                format_bytes(sum(c.bytes_now for c in same)),
+                ", ".join(readers),
+            )
+            for (op, shape, dtype, bits, readers), same in lines.items()
+        ]
+        headers = ("tensor of", "made by", "shape", "dtype", "bits", "exact", "now", "read by")
+        return tabulate(rows, headers, disable_numparse=True)
 
     def summary(self) -> str:
         """The totals in one line, and what is predicted in another."""
