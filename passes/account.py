@@ -10,6 +10,7 @@ from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.liveness import buffer_bytes
 from wtacrs_fx.passes.pack import Packed
 from wtacrs_fx.passes.policy import Action, Decision, view_base
+from wtacrs_fx.passes.round import Rounded, Rounding
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import saved_tensors
 from wtacrs_fx.passes.sites import module_of
@@ -61,6 +62,13 @@ def build_ledger(
 def packed_entries(packed: Iterable[Packed]) -> list[Compressed]:
     """Ledger lines of packed masks."""
     return [compressed_entry(p.mask, (p.packed,), 1, p.readers) for p in packed]
+
+
+def rounded_entries(roundings: Iterable[Rounding], done: Rounded) -> list[Compressed]:
+    """Ledger lines of rounded tensors."""
+    return [
+        compressed_entry(r.tensor, done.written[r.tensor], r.form.bits, [f.reader for f in r.factors]) for r in roundings
+    ]
 
 
 def compressed_entry(tensor: Node, written: Iterable[Node], bits: int, readers: Iterable[Node]) -> Compressed:

@@ -1,7 +1,6 @@
 """One joint graph on its way to a partition: what was found in it, the best cut so far, and the next attempt."""
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +15,19 @@ from torch.fx._lazy_graph_module import _make_graph_module
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.account import build_ledger, packed_entries, saved_bytes
+from wtacrs_fx.passes.account import build_ledger, packed_entries, rounded_entries, saved_bytes
+from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, worthwhile
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
+from wtacrs_fx.passes.draws import Draws
+from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.pack import Packed, pack_masks
 from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
+from wtacrs_fx.passes.reassociate import reassociate
 from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
+from wtacrs_fx.passes.round import Rounding, round_factors
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
@@ -56,6 +60,7 @@ class Work:
     starts: dict[Node, str] = field(default_factory=dict)
     """Tensors from which recomputation starts, and what for."""
     uncut: Uncut | None = None
+    roundings: list[Rounding] = field(default_factory=list)
     packed: list[Packed] = field(default_factory=list)
 
     @classmethod
@@ -76,6 +81,8 @@ class Work:
         users = take_user_regions(joint.graph)
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
+        if config.round_bits is not None:
+            reassociate(joint.graph, kinds)
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names))
         plan = decide(sites, config)
@@ -112,6 +119,8 @@ class Work:
                 self._meet_budget()
             else:
                 self._settle()
+        if self.config.round_bits is not None:
+            self._round()
         if self.best is self.exact:
             self.best = copy_joint(self.exact[0])[0], copy_joint(self.exact[1])[0]
         if self.config.pack_masks:
@@ -141,8 +150,7 @@ class Work:
         missed, work = min(tried, key=lambda t: t[0])
         vars(self).update(vars(work))
         if missed > 0 and goal.peak < math.inf and feasible:
-            held = saved_bytes(self.best[0], self.num_fwd_outputs, self.weights)
-            report_miss(self.predicted(), held, self.prediction, self.config, bool(self.users))
+            report_miss(self.predicted(), self._held(self.best), self.prediction, self.config, bool(self.users))
 
     def _settle(self) -> None:
         """Revise the sites in the light of the last cut, and cut again as often as that changes something."""
@@ -154,6 +162,38 @@ class Work:
         else:
             self._improve(revised, changed)
         self._improve(*retreat(self.plan, {n.name for n in self.best[1].graph.nodes}, self.config))
+
+    def _round(self) -> None:
+        """Round what the last cut saves for products with gradients, revise the sites, and take back what did not pay."""
+        before, work = self._saved(), copy.copy(self)
+        factors = find_factors(self.joint.graph.nodes, self.kinds, fused_attention=self.config.round_fused_attention)
+        work.plan = rows_or_bits(self.plan, self.config)
+        exact = self.recomputed | self.starts.keys()
+        work.roundings = decide_roundings(share(factors, self.kinds), work.plan, before, exact, self.config)
+        if not work.roundings:
+            return
+        work._cut_again(work.plan)
+        work._cut_again(settle(work.plan, work._saved(), {}, self.config, self.recomputed)[0])
+        paid = worthwhile(work.roundings, before, work._saved())
+        if len(paid) < len(work.roundings):
+            work.roundings = paid
+            early = {d.site.node for d in self.plan if d.action is Action.EARLY} - {f.reader for r in paid for f in r.factors}
+            work._cut_again([old if old.site.node in early else new for old, new in zip(self.plan, work.plan)])
+        if self._held(work.best) < self._held(self.best):
+            work.plan = name_bits(work.plan, work.roundings)
+            vars(self).update(vars(work))
+
+    def _cut_again(self, plan: list[Decision]) -> None:
+        """Sample and round as decided, and cut, unless that has just been done."""
+        unread = {d.site.node for d in plan if d.action is Action.EARLY}
+        roundings = [r.without(unread) for r in self.roundings]
+        roundings = [r for r in roundings if r.factors]
+        if (plan, roundings) != (self.plan, self.roundings) or not self.done.rounded.written:
+            self.plan, self.roundings = plan, roundings
+            self.best, self.done, _ = self._attempt(plan)
+
+    def _held(self, partition: Partition) -> int:
+        return saved_bytes(partition[0], self.num_fwd_outputs, self.weights)
 
     def first_cut(self) -> None:
         """Sample as first decided, and cut."""
@@ -183,7 +223,7 @@ class Work:
         ledger = build_ledger(self.plan, self.done, exact, now, self.num_fwd_outputs, self.weights)
         return replace(
             ledger,
-            compressed=tuple(packed_entries(self.packed)),
+            compressed=(*rounded_entries(self.roundings, self.done.rounded), *packed_entries(self.packed)),
             predicted_exact=self.prediction,
             predicted=self.predicted(),
             parts=tuple(parts(self.recomputation)) if self.recomputation else (),
@@ -198,14 +238,15 @@ class Work:
             self.plan = revised  # the same actions, with their reasons
             return
         again, done, _ = self._attempt(revised)
-        held = functools.partial(saved_bytes, num_fwd_outputs=self.num_fwd_outputs, weights=self.weights)
-        if held(again[0]) <= held(self.best[0]):
+        if self._held(again) <= self._held(self.best):
             self.plan, self.best, self.done = revised, again, done
 
     def _attempt(self, plan: Sequence[Decision]) -> tuple[Partition, Sampled, Uncut]:
         module, env = copy_joint(self.joint)
         severed = Severed(module.graph)
-        done = sample(module.graph, plan, env, severed, self.config)
+        draws = Draws(module.graph, severed, self.config.seed)
+        rounded = round_factors(module.graph, self.roundings, env, self.kinds, draws)
+        done = sample(module.graph, plan, env, draws, self.config, rounded)
         outputs = severed.extend_outputs(self.num_fwd_outputs)
         recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
         module.graph.lint()

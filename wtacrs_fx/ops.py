@@ -54,6 +54,17 @@ def _(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> 
     return importance.new_empty((n,), dtype=torch.int64), importance.new_empty((n,), dtype=torch.float32)
 
 
+@torch.library.custom_op("wtacrs::stream_key", mutates_args=())
+def stream_key(seed: Tensor, stream: int) -> Tensor:
+    """Key int32 [2] for the random numbers of one rounding, see :func:`wtacrs_fx.rounding.uniform`. Args as for ``select_rows``."""
+    return rng.key(seed, 4 * stream)
+
+
+@stream_key.register_fake
+def _(seed: Tensor, stream: int) -> Tensor:
+    return seed.new_empty((2,), dtype=torch.int32)
+
+
 @torch.library.custom_op("wtacrs::constant_after", mutates_args=())
 def constant_after(token: Tensor, value: int, dtype: torch.dtype) -> Tensor:
     """The scalar ``value``, not before ``token`` has been computed, whose numbers are not read.

@@ -13,6 +13,7 @@ the kernels that make and read the tensors. Integer arithmetic is in int32 where
 vector units are good at.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,7 +92,7 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
         form: bits, and the range if it is known.
 
     Returns:
-        codes, uint8, flat, ``ceil(numel * bits / 8)`` numbers; and, unless the range is known, lowest value and step of
+        codes, uint8, ``ceil(numel * bits / 8)`` of them; and, unless the range is known, lowest value and step of
         every group, float32 ``[*shape[:-1], groups]``.
     """
     value = x.to(torch.float32)
@@ -107,6 +108,13 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
 def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
     codes = (scaled + uniform(key, scaled.shape)).floor().clamp(0, form.levels).to(torch.int32)
     return pack(codes, form.bits)
+
+
+def written_bytes(shape: Sequence[int], form: Format) -> int:
+    """Bytes of what :func:`quantise` returns for a tensor of this shape."""
+    numel = math.prod(shape)
+    scales = 0 if form.low is not None or not numel else 8 * form.groups(shape[-1]) * (numel // shape[-1])
+    return -(-numel * form.bits // 8) + scales
 
 
 def dequantise(
