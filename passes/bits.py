@@ -1,6 +1,7 @@
 """Decide: which tensors are rounded, to how many bits, and which roundings were worth it. Touches no graph."""
 
 import fnmatch
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from wtacrs_fx.passes.liveness import buffer_bytes, is_library_call
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounding
 from wtacrs_fx.passes.sites import module_of
-from wtacrs_fx.rounding import Format, written_bytes
+from wtacrs_fx.rounding import Format
 
 aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ def decide_roundings(
         factors = tuple(f for f in s.factors if f.reader not in early and _admits(f.reader, config))
         rounding = Rounding(s.tensor, factors, _form(s, config))
         value, before = s.tensor.meta["val"], buffer_bytes(s.tensor)
-        if not factors or s.tensor in exact or before < config.min_bytes or written_bytes(value.shape, rounding.form) > before:
+        if not factors or s.tensor in exact or before < config.min_bytes or rounding.bytes > before:
             continue
         if value.device.type != "meta" and not is_cheap(s.tensor, value.numel()) and sources(rounding, saved):
             result.append(rounding)
@@ -80,7 +81,7 @@ def worthwhile(roundings: Sequence[Rounding], before: Collection[str], after: Co
         groups.append((members, found))
     kept: set[Node] = set()
     for members, found in groups:
-        cost = sum(written_bytes(r.tensor.meta["val"].shape, r.form) for r in members)
+        cost = sum(r.bytes for r in members)
         if cost < sum(buffer_bytes(n) for n in found if n.name not in after):
             kept |= {r.tensor for r in members}
     return [r for r in roundings if r.tensor in kept]
@@ -117,8 +118,12 @@ def _admits(reader: Node, config: Config) -> bool:
 
 
 def _form(shared: Shared, config: Config) -> Format:
-    """Of known range where the tensor is a bare derivative: the factor of a product of the same operation's backward."""
+    """Twice the bits for attention's operands and its result: its gradients are
+    small differences of large numbers. Of known range where the tensor is a bare derivative: the factor of a product
+    of the same operation's backward."""
     assert config.round_bits is not None
+    if _is_attention(shared.root) or any(_is_attention(f.reader) for f in shared.factors):
+        return Format(min(8, 2 * config.round_bits))
     form = Format(config.round_bits)
     operation = shared.tensor.meta.get("original_aten")
     if operation not in _RANGES or shared.tensor.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
@@ -129,3 +134,10 @@ def _form(shared: Shared, config: Config) -> Format:
             return form
     low, high = _RANGES[operation]
     return replace(form, low=low, high=high)
+
+
+def _is_attention(node: Node) -> bool:
+    """Whether the node is a product or the backward of attention, or a result of fused attention."""
+    source = node.args[0] if node.target is operator.getitem else node
+    target = source.target if isinstance(source, Node) else None
+    return target is aten.bmm.default or "scaled_dot_product" in str(target)

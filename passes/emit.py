@@ -55,6 +55,14 @@ def _value(node: Node) -> Any:
     return node.meta["val"]
 
 
+def memory_order(value: torch.Tensor) -> list[int]:
+    """A tensor's dimensions in the order in which they lie in memory; in their own if it is expanded or part of another."""
+    order = list(range(value.dim()))
+    if value.numel() * value.dtype.itemsize != value.untyped_storage().nbytes():
+        return order
+    return sorted(order, key=lambda d: (-value.stride(d), d))
+
+
 def fake_mode_of(node: Node) -> FakeTensorMode:
     """The mode that made the node's fake value.
 

@@ -39,7 +39,10 @@ SMALL = 16
 _BILINEAR = {aten.mul.Tensor: (0, 1), prims.fma.default: (0, 1), **dict.fromkeys(PRODUCTS, (0, 1))}
 """Operation -> the arguments that it is linear in, each for fixed others."""
 
-_SCALES = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
+_SCALES = (
+    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor,
+    aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar,
+)  # fmt: skip
 _SAME = (aten.neg.default, aten.clone.default, prims.convert_element_type.default)
 
 
@@ -57,6 +60,8 @@ class Shared:
 
     tensor: Node
     factors: tuple[Factor, ...]
+    root: Node
+    """What ``tensor`` is itself a linear function of."""
 
 
 def find_factors(nodes: Iterable[Node], kinds: Mapping[Node, Kind], *, fused_attention: bool = False) -> list[Factor]:
@@ -99,10 +104,10 @@ def share(factors: Iterable[Factor], kinds: Mapping[Node, Kind]) -> list[Shared]
         lineage = ancestry(factor.operand, kinds)
         families.setdefault(lineage[-1], []).append((factor, lineage))
     result = []
-    for family in families.values():
+    for root, family in families.items():
         common = [n for n in family[0][1] if all(n in lineage for _, lineage in family) and not _is_rearranged(n)]
-        tensor = min(common or [family[0][1][-1]], key=lambda n: written_bytes(n.meta["val"].shape, Format(8)))
-        result.append(Shared(tensor, tuple(factor for factor, _ in family)))
+        tensor = min(common or [root], key=lambda n: written_bytes(n.meta["val"].shape, Format(8)))
+        result.append(Shared(tensor, tuple(factor for factor, _ in family), root))
     return [s for s in result if is_rounded(s.tensor)]
 
 
@@ -119,7 +124,8 @@ def linear_source(node: Node, kinds: Mapping[Node, Kind]) -> Node | None:
     if node.op != "call_function" or node.target is operator.getitem or not is_tensor(node):
         return None
     inputs = node.all_input_nodes
-    if (is_view(node) or node.target in _SAME) and len(inputs) == 1:
+    power_of_one = node.target is aten.pow.Tensor_Scalar and node.args[1] == 1
+    if (is_view(node) or node.target in _SAME or power_of_one) and len(inputs) == 1:
         return inputs[0] if is_rounded(inputs[0]) else None
     if node.target is aten.where.self:
         inputs = list(dict.fromkeys(a for a in node.args[1:] if isinstance(a, Node)))

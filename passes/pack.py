@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from wtacrs_fx.passes.emit import Emitter
+from wtacrs_fx.passes.emit import Emitter, memory_order
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
@@ -75,13 +75,8 @@ def _is_dense_mask(node: Node, min_bytes: int) -> bool:
     return isinstance(numel, int) and isinstance(stored, int) and numel == stored >= max(1, min_bytes)
 
 
-def _order(mask: Tensor) -> list[int]:
-    """The dimensions in the order in which they lie in memory."""
-    return sorted(range(mask.dim()), key=lambda d: (-mask.stride(d), d))
-
-
 def _pack(graph: Graph, mask: Node) -> Node:
-    order, stride = _order(mask.meta["val"]), list(mask.meta["val"].stride())
+    order, stride = memory_order(mask.meta["val"]), list(mask.meta["val"].stride())
 
     def function(mask: Tensor) -> Tensor:
         # The mask becomes a buffer where it is made. A dropout mask would otherwise be computed in this kernel too, from
@@ -95,7 +90,7 @@ def _pack(graph: Graph, mask: Node) -> Node:
 
 
 def _unpack(graph: Graph, placeholder: Node, mask: Node, packed: Node) -> None:
-    order = _order(mask.meta["val"])
+    order = memory_order(mask.meta["val"])
     shape = [mask.meta["val"].shape[d] for d in order]
     inverse = [order.index(d) for d in range(len(order))]
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.draws import Draws
-from wtacrs_fx.passes.emit import Emitter
+from wtacrs_fx.passes.emit import Emitter, memory_order
 from wtacrs_fx.passes.factors import Factor, linear_source
 from wtacrs_fx.passes.kinds import Kind, is_tangent
-from wtacrs_fx.rounding import Format, dequantise, quantise
+from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
 
 wtacrs = torch.ops.wtacrs
 
@@ -36,6 +36,21 @@ class Rounding:
     tensor: Node
     factors: tuple[Factor, ...]
     form: Format
+
+    @property
+    def order(self) -> list[int]:
+        """Dimensions in the order in which they are written."""
+        return memory_order(self.tensor.meta["val"])
+
+    @property
+    def shape(self) -> list[int]:
+        """Sizes in this order."""
+        return [self.tensor.meta["val"].shape[d] for d in self.order]
+
+    @property
+    def bytes(self) -> int:
+        """Of codes and scales."""
+        return written_bytes(self.shape, self.form)
 
     def without(self, readers: Collection[Node]) -> "Rounding":
         """The same for other readers only."""
@@ -67,7 +82,7 @@ def round_factors(
     done = Rounded()
     for rounding in roundings:
         tensor = _compute_early(graph, env[rounding.tensor], draws)
-        written = _write(graph, tensor, rounding.form, draws)
+        written = _write(graph, tensor, rounding, draws)
         done.written[rounding.tensor] = written
         stands_for = {rounding.tensor: _read(graph, env, rounding, written)}
         for factor in rounding.factors:
@@ -100,11 +115,11 @@ def _compute_early(graph: Graph, tensor: Node, draws: Draws) -> Node:
     return copies.get(tensor, tensor)
 
 
-def _write(graph: Graph, tensor: Node, form: Format, draws: Draws) -> tuple[Node, ...]:
+def _write(graph: Graph, tensor: Node, rounding: Rounding, draws: Draws) -> tuple[Node, ...]:
     """Codes and scales, made in the forward; returns the backward's."""
 
     def function(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        return quantise(x, key, form)
+        return quantise(x.permute(rounding.order), key, rounding.form)
 
     seed, _ = draws.seed(tensor)
     with draws.behind(tensor):
@@ -115,11 +130,11 @@ def _write(graph: Graph, tensor: Node, form: Format, draws: Draws) -> tuple[Node
 
 def _read(graph: Graph, env: Mapping[Node, Node], rounding: Rounding, written: Sequence[Node]) -> Node:
     """The rounded tensor, computed in the backward in front of its first reader."""
-    value = rounding.tensor.meta["val"]
-    shape, dtype = list(value.shape), value.dtype
+    dtype = rounding.tensor.meta["val"].dtype
+    inverse = [rounding.order.index(d) for d in range(len(rounding.order))]
 
     def function(*written: Tensor) -> Tensor:
-        return dequantise(written, shape, dtype, rounding.form)
+        return dequantise(written, rounding.shape, dtype, rounding.form).permute(inverse)
 
     with graph.inserting_before(min(env[f.reader] for f in rounding.factors)):
         return Emitter(graph, env[rounding.tensor], tag="must_be_in_backward").inline(function, *written)

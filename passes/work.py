@@ -18,6 +18,7 @@ from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.account import build_ledger, packed_entries, rounded_entries, saved_bytes
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, worthwhile
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
+from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_partition
@@ -25,7 +26,6 @@ from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.pack import Packed, pack_masks
 from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
-from wtacrs_fx.passes.reassociate import reassociate
 from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
 from wtacrs_fx.passes.round import Rounding, round_factors
 from wtacrs_fx.passes.sample import Sampled, sample
@@ -82,7 +82,7 @@ class Work:
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
         if config.round_bits is not None:
-            reassociate(joint.graph, kinds)
+            collapse(joint.graph, kinds)
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names))
         plan = decide(sites, config)

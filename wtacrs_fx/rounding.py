@@ -23,7 +23,7 @@ from torch import Tensor
 BITS = (8, 4, 2)
 
 GROUP = 128
-"""Neighbours along the last dimension that share a scale where the bits are few. A row of another length is one group."""
+"""Neighbours along the last dimension that share a scale. A row that is no multiple of it is one group."""
 
 _TINY = 2.0**-126
 """Smallest step: that of a group of equal values, which is then written exactly, and of denormal ones."""
@@ -55,7 +55,7 @@ class Format:
 
     def groups(self, width: "int | torch.SymInt") -> "int | torch.SymInt":
         """Into how many groups a row of ``width`` values is cut."""
-        return width // GROUP if self.bits < 8 and isinstance(width, int) and width % GROUP == 0 else 1
+        return width // GROUP if isinstance(width, int) and width % GROUP == 0 else 1
 
 
 def uniform(key: Tensor, shape: "Sequence[int | torch.SymInt]") -> Tensor:
