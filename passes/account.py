@@ -67,7 +67,8 @@ def packed_entries(packed: Iterable[Packed]) -> list[Compressed]:
 def rounded_entries(roundings: Iterable[Rounding], done: Rounded) -> list[Compressed]:
     """Ledger lines of rounded tensors."""
     return [
-        compressed_entry(r.tensor, done.written[r.tensor], r.form.bits, [f.reader for f in r.factors]) for r in roundings
+        compressed_entry(r.tensor, done.written[r.tensor], r.form.bits, [f.reader for f in r.factors])
+        for r in roundings
     ]
 
 

@@ -126,7 +126,11 @@ def _form(shared: Shared, config: Config) -> Format:
         return Format(min(8, 2 * config.round_bits))
     form = Format(config.round_bits)
     operation = shared.tensor.meta.get("original_aten")
-    if operation not in _RANGES or shared.tensor.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
+    if (
+        operation is None
+        or operation not in _RANGES
+        or shared.tensor.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+    ):
         return form
     for factor in shared.factors:
         whole = factor.operand is shared.tensor and factor.reader.target is aten.mul.Tensor

@@ -17,7 +17,7 @@ So for a derivative that is written out as a sum over several ways: ``g * a + (g
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Graph, Node
@@ -28,7 +28,7 @@ from wtacrs_fx.passes.kinds import Kind
 
 aten = torch.ops.aten
 
-Expression = Union[Node, float, tuple[Any, "Expression", "Expression"]]
+Expression: TypeAlias = "Node | float | tuple[Any, Expression, Expression]"
 """An activation, a number, or (operation, left, right)."""
 
 
@@ -108,7 +108,7 @@ def _emit(emit: Emitter, expression: Expression, kinds: dict[Node, Kind]) -> Any
         return signs[operation]
     if not isinstance(left, Node):  # (an operation's first argument is a tensor)
         if operation is aten.sub.Tensor:
-            left, right, operation = emit(aten.neg.default, right), -left, aten.sub.Tensor
+            left, right, operation = emit(aten.neg.default, right), left, aten.add.Tensor
             kinds[left] = Kind.ACTIVATION
         else:
             left, right = right, left

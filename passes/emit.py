@@ -60,7 +60,8 @@ def memory_order(value: torch.Tensor) -> list[int]:
     order = list(range(value.dim()))
     if value.numel() * value.dtype.itemsize != value.untyped_storage().nbytes():
         return order
-    return sorted(order, key=lambda d: (-value.stride(d), d))
+    strides = value.stride()
+    return sorted(order, key=lambda d: (-strides[d], d))
 
 
 def fake_mode_of(node: Node) -> FakeTensorMode:

@@ -13,6 +13,7 @@ or by a mask), that tensor can serve several factors at once::
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ ATTENTION_BACKWARDS = (
 SMALL = 16
 """What scales or shifts a tensor is small if it has this many times fewer elements: it is kept as it is."""
 
-_BILINEAR = {aten.mul.Tensor: (0, 1), prims.fma.default: (0, 1), **dict.fromkeys(PRODUCTS, (0, 1))}
+_BILINEAR: Mapping[Any, Sequence[int]] = {
+    aten.mul.Tensor: (0, 1),
+    prims.fma.default: (0, 1),
+    **dict.fromkeys(PRODUCTS, (0, 1)),
+}
 """Operation -> the arguments that it is linear in, each for fixed others."""
 
 _SCALES = (
@@ -76,10 +81,10 @@ def find_factors(nodes: Iterable[Node], kinds: Mapping[Node, Kind], *, fused_att
     for node in nodes:
         if node.op != "call_function" or kinds[node] is not Kind.GRADIENT:
             continue
-        places: Sequence[int] = _BILINEAR.get(node.target, ())
+        places = _BILINEAR.get(node.target, ())
         if fused_attention and node.target in ATTENTION_BACKWARDS:
             places = (1, 2, 3, 4)
-        operands = [node.args[i] for i in places if isinstance(node.args[i], Node)]
+        operands = [a for i in places if isinstance(a := node.args[i], Node)]
         found += [Factor(node, a) for a in dict.fromkeys(operands) if kinds[a] is Kind.ACTIVATION and is_rounded(a)]
     return found
 

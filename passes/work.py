@@ -177,7 +177,9 @@ class Work:
         paid = worthwhile(work.roundings, before, work._saved())
         if len(paid) < len(work.roundings):
             work.roundings = paid
-            early = {d.site.node for d in self.plan if d.action is Action.EARLY} - {f.reader for r in paid for f in r.factors}
+            early = {d.site.node for d in self.plan if d.action is Action.EARLY} - {
+                f.reader for r in paid for f in r.factors
+            }
             work._cut_again([old if old.site.node in early else new for old, new in zip(self.plan, work.plan)])
         if self._held(work.best) < self._held(self.best):
             work.plan = name_bits(work.plan, work.roundings)

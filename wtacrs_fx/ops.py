@@ -56,7 +56,10 @@ def _(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> 
 
 @torch.library.custom_op("wtacrs::stream_key", mutates_args=())
 def stream_key(seed: Tensor, stream: int) -> Tensor:
-    """Key int32 [2] for the random numbers of one rounding, see :func:`wtacrs_fx.rounding.uniform`. Args as for ``select_rows``."""
+    """Key int32 [2] for the random numbers of one rounding, see :func:`wtacrs_fx.rounding.uniform`.
+
+    Args as for ``select_rows``.
+    """
     return rng.key(seed, 4 * stream)
 
 

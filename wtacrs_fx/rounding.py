@@ -70,7 +70,7 @@ def uniform(key: Tensor, shape: "Sequence[int | torch.SymInt]") -> Tensor:
         shape: of the result; beyond 2^32 numbers they repeat.
     """
     width = shape[-1] if shape else 1
-    rows = 1
+    rows: int | torch.SymInt = 1
     for size in shape[:-1]:
         rows = rows * size
     row = torch.arange(rows, dtype=torch.int32, device=key.device) * width
@@ -102,7 +102,7 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
     grouped = value.reshape(*x.shape[:-1], form.groups(x.shape[-1]), -1)
     low = grouped.amin(-1)
     step = ((grouped.amax(-1) - low) * (1 / form.levels)).clamp_min(_TINY)
-    return _codes((value - _spread(low, x.shape)) * _spread(1 / step, x.shape), key, form), low, step
+    return _codes((value - _spread(low, x.shape)) * _spread(step.reciprocal(), x.shape), key, form), low, step
 
 
 def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
@@ -114,7 +114,7 @@ def written_bytes(shape: Sequence[int], form: Format) -> int:
     """Bytes of what :func:`quantise` returns for a tensor of this shape."""
     numel = math.prod(shape)
     scales = 0 if form.low is not None or not numel else 8 * form.groups(shape[-1]) * (numel // shape[-1])
-    return -(-numel * form.bits // 8) + scales
+    return int(-(-numel * form.bits // 8) + scales)
 
 
 def dequantise(
@@ -172,7 +172,7 @@ def unpack(packed: Tensor, shape: "Sequence[int | torch.SymInt]", bits: int) -> 
 def _matrix(shape: "Sequence[int | torch.SymInt]", per_byte: int) -> "tuple[int | torch.SymInt, int | torch.SymInt]":
     """How a tensor is cut into parts: between rows where they come out even, so that an index along a row stays one."""
     width = shape[-1] if shape else 1
-    rows = 1
+    rows: int | torch.SymInt = 1
     for size in shape[:-1]:
         rows = rows * size
     return (rows, width) if rows % per_byte == 0 else (rows * width, 1)
