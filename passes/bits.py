@@ -126,18 +126,14 @@ def _form(shared: Shared, config: Config) -> Format:
         return Format(min(8, 2 * config.round_bits))
     form = Format(config.round_bits)
     operation = shared.tensor.meta.get("original_aten")
-    if (
-        operation is None
-        or operation not in _RANGES
-        or shared.tensor.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
-    ):
+    limits = _RANGES.get(operation) if operation else None
+    if limits is None or shared.tensor.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
         return form
     for factor in shared.factors:
         whole = factor.operand is shared.tensor and factor.reader.target is aten.mul.Tensor
         if not whole or factor.reader.meta.get("original_aten") is not operation:
             return form
-    low, high = _RANGES[operation]
-    return replace(form, low=low, high=high)
+    return replace(form, low=limits[0], high=limits[1])
 
 
 def _is_attention(node: Node) -> bool:

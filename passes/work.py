@@ -169,29 +169,26 @@ class Work:
         factors = find_factors(self.joint.graph.nodes, self.kinds, fused_attention=self.config.round_fused_attention)
         work.plan = rows_or_bits(self.plan, self.config)
         exact = self.recomputed | self.starts.keys()
-        work.roundings = decide_roundings(share(factors, self.kinds), work.plan, before, exact, self.config)
-        if not work.roundings:
+        roundings = decide_roundings(share(factors, self.kinds), work.plan, before, exact, self.config)
+        if not roundings:
             return
-        work._cut_again(work.plan)
-        work._cut_again(settle(work.plan, work._saved(), {}, self.config, self.recomputed)[0])
+        work._cut_again(work.plan, roundings)
+        work._cut_again(settle(work.plan, work._saved(), {}, self.config, self.recomputed)[0], roundings)
         paid = worthwhile(work.roundings, before, work._saved())
-        if len(paid) < len(work.roundings):
-            work.roundings = paid
-            early = {d.site.node for d in self.plan if d.action is Action.EARLY} - {
-                f.reader for r in paid for f in r.factors
-            }
-            work._cut_again([old if old.site.node in early else new for old, new in zip(self.plan, work.plan)])
+        read = {f.reader for r in paid for f in r.factors}
+        early = {d.site.node for d in self.plan if d.action is Action.EARLY} - read
+        work._cut_again([old if old.site.node in early else new for old, new in zip(self.plan, work.plan)], paid)
         if self._held(work.best) < self._held(self.best):
             work.plan = name_bits(work.plan, work.roundings)
             vars(self).update(vars(work))
 
-    def _cut_again(self, plan: list[Decision]) -> None:
-        """Sample and round as decided, and cut, unless that has just been done."""
-        unread = {d.site.node for d in plan if d.action is Action.EARLY}
-        roundings = [r.without(unread) for r in self.roundings]
-        roundings = [r for r in roundings if r.factors]
-        if (plan, roundings) != (self.plan, self.roundings) or not self.done.rounded.written:
-            self.plan, self.roundings = plan, roundings
+    def _cut_again(self, plan: list[Decision], roundings: Sequence[Rounding]) -> None:
+        """Sample and round as decided, and cut, unless that is what was done last. Early sites keep rows and read nothing
+        rounded."""
+        early = {d.site.node for d in plan if d.action is Action.EARLY}
+        left = [r for r in (r.without(early) for r in roundings) if r.factors]
+        if (plan, left) != (self.plan, self.roundings):
+            self.plan, self.roundings = plan, left
             self.best, self.done, _ = self._attempt(plan)
 
     def _held(self, partition: Partition) -> int:

@@ -24,7 +24,6 @@ KINDS = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
     "relu_squared": lambda x: F.relu(x).square(),
     "swiglu": lambda x: F.silu(x[..., :64]) * x[..., 64:],
     "geglu": lambda x: F.gelu(x[..., :64]) * x[..., 64:],
@@ -61,15 +60,17 @@ def test_kinds_of_sites(kind):
     torch.manual_seed(0)
     model, x = Unit(kind), 2 * torch.randn(32, 128)
     exact = compiled_gradients(model, (x,), "aot_eager_decomp_partition")
+    forward = torch.compile(model, backend="aot_eager_decomp_partition")(x)
     recorder = Recorder(**{**ROUNDED, "round_bits": 4})
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=recorder)
-    assert torch.equal(compiled(x), model(x))
+    assert torch.equal(compiled(x), forward)
     lines = recorder.ledger.compressed
     assert any(line.bits == 4 for line in lines), recorder.ledger.table()
     assert calls(recorder.forward[0], wtacrs.stream_key.default) == sum(c.bits > 1 for c in lines)
     assert calls(recorder.backward[0], wtacrs.stream_key.default) == 0
-    assert recorder.ledger.saved_bytes < 0.5 * recorder.ledger.saved_bytes_exact, recorder.ledger.table()
+    before, now = (n - x.nbytes for n in (recorder.ledger.saved_bytes_exact, recorder.ledger.saved_bytes))  # x is saved
+    assert now < 0.5 * before, recorder.ledger.table()
     moments = Moments()
     for _ in range(40):
         moments.add(gradients(model, x, call=compiled))
@@ -254,7 +255,8 @@ def test_patterns_choose_modules():
     model, batch = Transformer(), transformer_batch()
     backend = Backend(**{**ROUNDED, "round_bits": 8, "round_include": "*.down"})
     compiled_gradients(model, batch, backend)
-    assert [(c.readers, c.op) for c in backend.ledger.compressed if c.bits > 1] == [(("mm",), "gelu")] * 2
+    lines = [c for c in backend.ledger.compressed if c.bits > 1]
+    assert [(c.readers, c.shape[-1]) for c in lines] == [(("mm",), 256)] * 2  # the inputs of both layers
 
 
 def test_float64_and_symbolic_sizes_stay_exact():

@@ -53,12 +53,12 @@ class Format:
         """Steps of the grid."""
         return 2**self.bits - 1
 
-    def groups(self, width: "int | torch.SymInt") -> "int | torch.SymInt":
+    def groups(self, width: int) -> int:
         """Into how many groups a row of ``width`` values is cut."""
-        return width // GROUP if isinstance(width, int) and width % GROUP == 0 else 1
+        return width // GROUP if width and width % GROUP == 0 else 1
 
 
-def uniform(key: Tensor, shape: "Sequence[int | torch.SymInt]") -> Tensor:
+def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
     """Float32 numbers in [0, 1), on a grid of 2^-24, a pure function of (key, position).
 
     A counter-based generator: the position times an odd constant, plus one word of the key, goes through the 32-bit
@@ -69,12 +69,9 @@ def uniform(key: Tensor, shape: "Sequence[int | torch.SymInt]") -> Tensor:
         key: int32 [2], from ``torch.ops.wtacrs.stream_key``.
         shape: of the result; beyond 2^32 numbers they repeat.
     """
-    width = shape[-1] if shape else 1
-    rows: int | torch.SymInt = 1
-    for size in shape[:-1]:
-        rows = rows * size
-    row = torch.arange(rows, dtype=torch.int32, device=key.device) * width
-    z = (row[:, None] + torch.arange(width, dtype=torch.int32, device=key.device)).reshape(shape)
+    rows, width = _matrix(shape, 1)
+    row, column = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (rows, width))
+    z = ((row * width)[:, None] + column).reshape(shape)
     z = z * _signed(0x9E3779B1) + key[0]
     z = (z ^ _shift(z, 16)) * _signed(0x7FEB352D) + key[1]
     z = (z ^ _shift(z, 15)) * _signed(0x846CA68B)
@@ -97,8 +94,7 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
     """
     value = x.to(torch.float32)
     if form.low is not None and form.high is not None:
-        step = (form.high - form.low) / form.levels
-        return (_codes((value - form.low) * (1 / step), key, form),)
+        return (_codes((value - form.low) * (form.levels / (form.high - form.low)), key, form),)
     grouped = value.reshape(*x.shape[:-1], form.groups(x.shape[-1]), -1)
     low = grouped.amin(-1)
     step = ((grouped.amax(-1) - low) * (1 / form.levels)).clamp_min(_TINY)
@@ -114,12 +110,10 @@ def written_bytes(shape: Sequence[int], form: Format) -> int:
     """Bytes of what :func:`quantise` returns for a tensor of this shape."""
     numel = math.prod(shape)
     scales = 0 if form.low is not None or not numel else 8 * form.groups(shape[-1]) * (numel // shape[-1])
-    return int(-(-numel * form.bits // 8) + scales)
+    return -(-numel * form.bits // 8) + scales
 
 
-def dequantise(
-    written: Sequence[Tensor], shape: "Sequence[int | torch.SymInt]", dtype: torch.dtype, form: Format
-) -> Tensor:
+def dequantise(written: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, form: Format) -> Tensor:
     """The tensor that :func:`quantise` has written, of the given shape and type."""
     codes = unpack(written[0], shape, form.bits)
     if form.low is not None and form.high is not None:
@@ -128,7 +122,7 @@ def dequantise(
     return (codes * _spread(step, shape) + _spread(low, shape)).to(dtype)
 
 
-def _spread(scale: Tensor, shape: "Sequence[int | torch.SymInt]") -> Tensor:
+def _spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
     """A number per group as a number per element."""
     groups = scale.shape[-1]
     return scale[..., None].expand(*scale.shape, shape[-1] // groups).reshape(shape) if groups != 1 else scale
@@ -157,7 +151,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed.to(torch.uint8)
 
 
-def unpack(packed: Tensor, shape: "Sequence[int | torch.SymInt]", bits: int) -> Tensor:
+def unpack(packed: Tensor, shape: Sequence[int], bits: int) -> Tensor:
     """The codes that :func:`pack` has packed, of the given shape: whole numbers in float32, or bool for 1 bit."""
     per_byte = 8 // bits
     if per_byte == 1:
@@ -169,10 +163,10 @@ def unpack(packed: Tensor, shape: "Sequence[int | torch.SymInt]", bits: int) -> 
     return codes.reshape(-1, width)[:rows].reshape(shape)
 
 
-def _matrix(shape: "Sequence[int | torch.SymInt]", per_byte: int) -> "tuple[int | torch.SymInt, int | torch.SymInt]":
+def _matrix(shape: Sequence[int], per_byte: int) -> tuple[int, int]:
     """How a tensor is cut into parts: between rows where they come out even, so that an index along a row stays one."""
     width = shape[-1] if shape else 1
-    rows: int | torch.SymInt = 1
+    rows = 1
     for size in shape[:-1]:
         rows = rows * size
     return (rows, width) if rows % per_byte == 0 else (rows * width, 1)
