@@ -5,10 +5,12 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from wtacrs_fx.ledger import Entry, Ledger
+from wtacrs_fx.ledger import Compressed, Entry, Ledger
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.liveness import buffer_bytes
+from wtacrs_fx.passes.pack import Packed
 from wtacrs_fx.passes.policy import Action, Decision, view_base
+from wtacrs_fx.passes.round import Rounded, Rounding
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.saved import storage
 from wtacrs_fx.passes.sever import saved_tensors
@@ -61,7 +63,7 @@ def fused_entry(node: Node) -> Entry:
     """A line for fused attention, which has no products that could be sampled."""
     query = next((n for n in node.all_input_nodes if is_tensor(n)), node).meta["val"]
     return Entry(
-        module=module_of(node, ""),
+        module=module_of(node),
         op=str(node.target),
         shape=tuple(_size(s) for s in query.shape),
         dtype=str(query.dtype).removeprefix("torch."),
@@ -72,6 +74,40 @@ def fused_entry(node: Node) -> Entry:
         decision="exact",
         reason="fused attention has no separate products",
     )
+
+
+def packed_entries(packed: Iterable[Packed]) -> list[Compressed]:
+    """Ledger lines of packed masks."""
+    return [compressed_entry(p.mask, (p.packed,), 1, p.readers) for p in packed]
+
+
+def rounded_entries(roundings: Iterable[Rounding], done: Rounded) -> list[Compressed]:
+    """Ledger lines of rounded tensors."""
+    return [
+        compressed_entry(r.tensor, done.written[r.tensor], r.form.bits, [f.reader for f in r.factors])
+        for r in roundings
+    ]
+
+
+def compressed_entry(tensor: Node, written: Iterable[Node], bits: int, readers: Iterable[Node]) -> Compressed:
+    """Ledger line of a tensor that is handed on as ``written``."""
+    value = tensor.meta["val"]
+    return Compressed(
+        tensor=tensor.name,
+        module=module_of(tensor),
+        op=operation_of(tensor),
+        shape=tuple(_size(s) for s in value.shape),
+        dtype=str(value.dtype).removeprefix("torch."),
+        bits=bits,
+        bytes_exact=buffer_bytes(tensor),
+        bytes_now=sum(storages(written).values()),
+        readers=tuple(dict.fromkeys(map(operation_of, readers))),
+    )
+
+
+def operation_of(node: Node) -> str:
+    """The operation that the user's code or autograd called, before it was decomposed."""
+    return str(node.meta.get("original_aten") or node.target).removeprefix("aten.").partition(".")[0]
 
 
 def saved_bytes(forward: GraphModule, num_fwd_outputs: int, weights: Collection[str]) -> int:

@@ -1,11 +1,13 @@
 """Insert nodes with fake values, so that partitioner and Inductor find the metadata they need on them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 _COPIED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "fwd_source_fn_stack", "seq_nr", "custom")
@@ -24,14 +26,42 @@ class Emitter:
     def __init__(self, graph: Graph, like: Node, tag: str | None = None) -> None:
         self.graph, self.like, self.tag = graph, like, tag
 
-    def __call__(self, target: Any, *args: Any) -> Node:
-        node = self.graph.call_function(target, args)
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
         node.meta.update({key: self.like.meta[key] for key in _COPIED if key in self.like.meta})
         if self.tag:
             node.meta["partitioner_tag"] = self.tag
         with fake_mode_of(self.like), enable_python_dispatcher():
-            node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+            node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
         return node
+
+    def inline(self, function: Callable[..., Any], *nodes: Node) -> Any:
+        """The operations of a function of tensors, traced and decomposed as AOTAutograd does it. Returns the nodes of its
+        results, in the function's own structure."""
+        from torch._inductor.compile_fx import select_decomp_table
+
+        with fake_mode_of(self.like):
+            traced = make_fx(function, decomposition_table=select_decomp_table())(*(n.meta["val"] for n in nodes))
+        env = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes))
+        for node in traced.graph.nodes:
+            if node.op == "call_function":
+                env[node] = self(
+                    node.target, *map_arg(node.args, env.__getitem__), **map_arg(node.kwargs, env.__getitem__)
+                )
+        return map_arg(traced.graph.output_node().args[0], env.__getitem__)
+
+
+def _value(node: Node) -> Any:
+    return node.meta["val"]
+
+
+def memory_order(value: torch.Tensor) -> list[int]:
+    """A tensor's dimensions in the order in which they lie in memory; in their own if it is expanded or part of another."""
+    order = list(range(value.dim()))
+    if value.numel() * value.dtype.itemsize != value.untyped_storage().nbytes():
+        return order
+    strides = value.stride()
+    return sorted(order, key=lambda d: (-strides[d], d))
 
 
 def fake_mode_of(node: Node) -> FakeTensorMode:

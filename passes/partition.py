@@ -13,10 +13,11 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
+from wtacrs_fx.passes.joint_graph import cutter
 from wtacrs_fx.passes.kinds import is_tangent
 from wtacrs_fx.passes.planner import Plan
 from wtacrs_fx.passes.policy import decide
-from wtacrs_fx.passes.work import Work, cutter
+from wtacrs_fx.passes.work import Work
 
 
 def partition(

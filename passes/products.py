@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.policy import excluded, hint, too_small
-from wtacrs_fx.passes.sites import TRANSPOSES, module_of
+from wtacrs_fx.passes.sites import TRANSPOSES, site_name
 
 aten = torch.ops.aten
 
@@ -138,7 +138,7 @@ def _decide(product: Product, gm: GraphModule, kinds: Mapping[Node, Kind], confi
     weight = right if sampled[0] else left
     root: Any = behind_transposes(weight) if isinstance(weight, Node) else weight
     name = root if isinstance(root, str) else str(root.target) if root.op in ("get_attr", "placeholder") else ""
-    module = product.module or module_of(product.node, name)
+    module = product.module or site_name(product.node, name)
     product = replace(product, sampled=sampled, is_attention=all(sampled), module=module)
     if product.reason:
         return product

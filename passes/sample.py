@@ -18,7 +18,6 @@ Attention's products are the same with a leading dimension, and with rows [B, k]
 
 import operator
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +25,10 @@ import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
-from wtacrs_fx.passes.sever import Cuts
+from wtacrs_fx.passes.round import Rounded
 from wtacrs_fx.passes.sites import Operand, Site
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
@@ -46,20 +46,31 @@ class Sampled:
     """Draw group of late sites -> placeholder of the row norms that the backward reads."""
     products: dict[Node, Node] = field(default_factory=dict)
     """Site's product in the original graph -> its replacement."""
+    rounded: Rounded = field(default_factory=Rounded)
+    """What was rounded before."""
 
 
-def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], severed: Cuts, config: Config) -> Sampled:
+def sample(
+    graph: Graph,
+    plan: Iterable[Decision],
+    env: Mapping[Node, Node],
+    draws: Draws,
+    config: Config,
+    rounded: Rounded | None = None,
+) -> Sampled:
     """Rewrite every early and late site of the plan; exact ones, and a graph without any, stay as they are.
 
     Args:
         graph: joint graph to change.
         plan: decisions on sites of the original graph.
         env: node of the original graph -> node of ``graph``.
-        severed: receives the tensors that must be computed in the forward and handed to the backward.
-        config: estimator and seed.
+        draws: the graph's seed and its ``severed``, which receives the tensors that must be computed in the forward and
+            handed to the backward.
+        config: estimator.
+        rounded: what was rounded before: late sites read what stands for it.
     """
-    done = Sampled()
-    rewriter = _Rewriter(graph, env, severed, config)
+    done = Sampled(rounded=rounded or Rounded())
+    rewriter = _Rewriter(graph, env, draws, config, done.rounded.stands_for)
     for decision in plan:
         if decision.action is Action.EARLY:
             if decision.group not in done.draws:
@@ -74,20 +85,20 @@ def sample(graph: Graph, plan: Iterable[Decision], env: Mapping[Node, Node], sev
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, env: Mapping[Node, Node], severed: Cuts, config: Config) -> None:
-        self.graph, self.env, self.severed, self.config = graph, dict(env), severed, config
-        self.start = next(n for n in graph.nodes if n.op != "placeholder")
-        self.streams = 0
-        self.seeds: dict[torch.device, tuple[Node, Node]] = {}
+    def __init__(
+        self, graph: Graph, env: Mapping[Node, Node], draws: Draws, config: Config, rounded: Mapping[Node, Node]
+    ) -> None:
+        self.graph, self.env, self.draws, self.config, self.rounded = graph, dict(env), draws, config, rounded
+        self.severed = draws.severed
         self.norms: dict[tuple, Node] = {}
         self.matrices: dict[Node, Node] = {}
 
     def keep_rows(self, decision: Decision) -> tuple[Node, Node]:
         """Choose and gather rows of H right behind it, in the forward; returns the backward's (rows, row index)."""
         source = self.env[decision.site.activation.source]
-        seed, _ = self._seed(source)
+        seed, _ = self.draws.seed(source)
         h, dim = self._matrix(decision.site.activation)
-        with self._behind(h):
+        with self.draws.behind(h):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
             rows, scale = self._select(emit, _norms(emit, h, dim), seed, decision)
             kept = _gather_scaled(emit, h, dim, rows, scale)
@@ -107,28 +118,27 @@ class _Rewriter:
         """The same with rows chosen in the backward by ``|h_i| |g_i|``, the importance of least variance."""
         site = decision.site
         node = self.env[site.node]
-        _, seed = self._seed(self.env[site.activation.source])
+        _, seed = self.draws.seed(self.env[site.activation.source])
         h_norms = self._norms_from_forward(decision)
         with self.graph.inserting_before(node):
             emit = Emitter(self.graph, node, tag="must_be_in_backward")
-            h, h_dim = self._matrix(site.activation)
+            source = self.env[site.activation.source]
+            h, h_dim = self._view(self.rounded.get(source, source), site.activation)
             g, g_dim = self._matrix(site.gradient)
             importance = emit(aten.mul.Tensor, h_norms, _norms(emit, g, g_dim))
             rows, scale = self._select(emit, importance, seed, decision)
             kept = _gather_scaled(emit, h, h_dim, rows, scale)
             return self._replace(emit, site, node, (kept, h_dim), (_gather(emit, g, g_dim, rows), g_dim))
 
-    def _behind(self, node: Node) -> AbstractContextManager:
-        """Insert right behind a node; behind all placeholders if it is one."""
-        return self.graph.inserting_before(self.start if node.op == "placeholder" else node.next)
-
     def _matrix(self, operand: Operand) -> tuple[Node, int]:
         """The operand without a leading dimension of 1: one view per tensor, on whichever side of the cut it is read."""
-        source = self.env[operand.source]
+        return self._view(self.env[operand.source], operand)
+
+    def _view(self, source: Node, operand: Operand) -> tuple[Node, int]:
         if operand.value.dim() == 2 or operand.batched:
             return source, operand.dim
         if source not in self.matrices:
-            with self._behind(source):
+            with self.draws.behind(source):
                 self.matrices[source] = Emitter(self.graph, source)(aten.squeeze.dim, source, 0)
         return self.matrices[source], operand.dim - 1
 
@@ -136,25 +146,14 @@ class _Rewriter:
         """Row norms of H [M], taken where H is made: the backward then computes H again at the kept rows only."""
         if decision.group not in self.norms:
             h, dim = self._matrix(decision.site.activation)
-            with self._behind(h):
+            with self.draws.behind(h):
                 norms = _norms(Emitter(self.graph, h, tag="must_be_in_forward"), h, dim)
             self.norms[decision.group] = self.severed.cut(norms)
         return self.norms[decision.group]
 
-    def _seed(self, like: Node) -> tuple[Node, Node]:
-        """(seed in the forward, its copy for the backward), one draw per device and graph."""
-        device = like.meta["val"].device
-        if device not in self.seeds:
-            with self.graph.inserting_before(self.start):
-                emit = Emitter(self.graph, like, tag="must_be_in_forward")
-                seed = emit(wtacrs.draw_seed.default, device, self.config.seed)
-            self.seeds[device] = (seed, self.severed.cut(seed))
-        return self.seeds[device]
-
     def _select(self, emit: Emitter, importance: Node, seed: Node, decision: Decision) -> tuple[Node, Node]:
         k = self._size(emit, importance, decision)
-        both = emit(wtacrs.select_rows.default, importance, seed, self.streams, k, self.config.estimator)
-        self.streams += 1
+        both = emit(wtacrs.select_rows.default, importance, seed, self.draws.stream(), k, self.config.estimator)
         return emit(operator.getitem, both, 0), emit(operator.getitem, both, 1)
 
     def _size(self, emit: Emitter, importance: Node, decision: Decision) -> "int | Node":

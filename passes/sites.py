@@ -96,7 +96,7 @@ def find_sites(
         parameter = _parameter_of(node, kinds, grads)
         is_attention = attention and parameter is None and node.target is aten.bmm.default
         if is_attention or (parameter is not None and not activation.batched):
-            module = module_of(node, "" if parameter is None else names.get(parameter, ""))
+            module = site_name(node, "" if parameter is None else names.get(parameter, ""))
             found.append(Site(node, activation, gradient, activation_first, module, is_attention))
     return found
 
@@ -157,14 +157,19 @@ def _parameter_of(node: Node, kinds: Mapping[Node, Kind], grads: Mapping[Node, N
     return parameter
 
 
-def module_of(node: Node, parameter: str) -> str:
+def site_name(node: Node, parameter: str) -> str:
     """Module name of a site: where the product was written, or the parameter itself if that is not a ``weight``."""
-    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
-    module = clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
+    module = module_of(node)
     owner, _, member = parameter.rpartition(".")
     if module and (member == "weight" or owner != module):
         return module
     return owner if member == "weight" and owner else parameter or module or node.name
+
+
+def module_of(node: Node) -> str:
+    """Path of the module whose forward made the node, or whose backward it belongs to; empty if unknown."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
+    return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def clean_module_path(path: str) -> str:

@@ -1,33 +1,35 @@
 """One joint graph on its way to a partition: what was found in it, the best cut so far, and the next attempt."""
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from torch._functorch import config as functorch_config
 from torch._functorch.compile_utils import fx_graph_cse
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch.fx import Graph, GraphModule, Node
-from torch.fx._lazy_graph_module import _make_graph_module
+from torch.fx import GraphModule, Node
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.account import build_ledger, fused_entry, saved_bytes
+from wtacrs_fx.passes.account import build_ledger, fused_entry, packed_entries, rounded_entries, saved_bytes
+from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, worthwhile
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
+from wtacrs_fx.passes.collapse import collapse
+from wtacrs_fx.passes.draws import Draws
+from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_partition
+from wtacrs_fx.passes.joint_graph import copy_joint, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
+from wtacrs_fx.passes.pack import Packed, pack_masks
 from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
 from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
+from wtacrs_fx.passes.round import Rounding, round_factors
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.saved import saved_list
 from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
-from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, fused_attention, gradient_outputs, primals
+from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, fused_attention, gradient_outputs
 from wtacrs_fx.passes.unfold import unfold_late_sums
 from wtacrs_fx.passes.watch import watch
 
@@ -57,6 +59,8 @@ class Work:
     starts: dict[Node, str] = field(default_factory=dict)
     """Tensors from which recomputation starts, and what for."""
     uncut: Uncut | None = None
+    roundings: list[Rounding] = field(default_factory=list)
+    packed: list[Packed] = field(default_factory=list)
 
     @classmethod
     def prepare(
@@ -76,6 +80,8 @@ class Work:
         users = take_user_regions(joint.graph)
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
+        if config.round_bits is not None:
+            collapse(joint.graph, kinds)
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
         plan = decide(sites, config)
@@ -106,13 +112,18 @@ class Work:
     def run(self) -> None:
         """Cut with everything late; decide on recomputation; settle."""
         budget = self.config.memory_budget is not None
-        if not (budget or self.users or any(d.action is not Action.EXACT for d in self.plan)):
-            return
-        self.first_cut()
-        if budget:
-            self._meet_budget()
-        else:
-            self._settle()
+        if budget or self.users or any(d.action is not Action.EXACT for d in self.plan):
+            self.first_cut()
+            if budget:
+                self._meet_budget()
+            else:
+                self._settle()
+        if self.config.round_bits is not None:
+            self._round()
+        if self.best is self.exact:
+            self.best = copy_joint(self.exact[0])[0], copy_joint(self.exact[1])[0]
+        if self.config.pack_masks:
+            self.packed = pack_masks(*self.best, self.num_fwd_outputs, self.config.min_bytes)
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
         for module in self.best:
             with watch("split_seeds", module.graph, self.config.verbose):
@@ -139,8 +150,7 @@ class Work:
         missed, work = min(tried, key=lambda t: t[0])
         vars(self).update(vars(work))
         if missed > 0 and goal.peak < math.inf and feasible:
-            held = saved_bytes(self.best[0], self.num_fwd_outputs, self.weights)
-            report_miss(self.predicted(), held, self.prediction, self.config, bool(self.users))
+            report_miss(self.predicted(), self._held(self.best), self.prediction, self.config, bool(self.users))
 
     def _settle(self) -> None:
         """Revise the sites in the light of the last cut, and cut again as often as that changes something."""
@@ -152,6 +162,37 @@ class Work:
         else:
             self._improve(revised, changed)
         self._improve(*retreat(self.plan, {n.name for n in self.best[1].graph.nodes}, self.config))
+
+    def _round(self) -> None:
+        """Round what the last cut saves for products with gradients, revise the sites, and take back what did not pay."""
+        before, work = self._saved(), copy.copy(self)
+        factors = find_factors(self.joint.graph.nodes, self.kinds, fused_attention=self.config.round_fused_attention)
+        work.plan = rows_or_bits(self.plan, self.config)
+        exact = self.recomputed | self.starts.keys()
+        roundings = decide_roundings(share(factors, self.kinds), work.plan, before, exact, self.config)
+        if not roundings:
+            return
+        work._cut_again(work.plan, roundings)
+        work._cut_again(settle(work.plan, work._saved(), {}, self.config, self.recomputed)[0], roundings)
+        paid = worthwhile(work.roundings, before, work._saved())
+        read = {f.reader for r in paid for f in r.factors}
+        early = {d.site.node for d in self.plan if d.action is Action.EARLY} - read
+        work._cut_again([old if old.site.node in early else new for old, new in zip(self.plan, work.plan)], paid)
+        if self._held(work.best) < self._held(self.best):
+            work.plan = name_bits(work.plan, work.roundings)
+            vars(self).update(vars(work))
+
+    def _cut_again(self, plan: list[Decision], roundings: Sequence[Rounding]) -> None:
+        """Sample and round as decided, and cut, unless that is what was done last. Early sites keep rows and read nothing
+        rounded."""
+        early = {d.site.node for d in plan if d.action is Action.EARLY}
+        left = [r for r in (r.without(early) for r in roundings) if r.factors]
+        if (plan, left) != (self.plan, self.roundings):
+            self.plan, self.roundings = plan, left
+            self.best, self.done, _ = self._attempt(plan)
+
+    def _held(self, partition: Partition) -> int:
+        return saved_bytes(partition[0], self.num_fwd_outputs, self.weights)
 
     def first_cut(self) -> None:
         """Sample as first decided, and cut."""
@@ -183,6 +224,7 @@ class Work:
         ledger = replace(ledger, entries=(*ledger.entries, *map(fused_entry, fused)), tensors=tuple(listed))
         return replace(
             ledger,
+            compressed=(*rounded_entries(self.roundings, self.done.rounded), *packed_entries(self.packed)),
             predicted_exact=self.prediction,
             predicted=self.predicted(),
             parts=tuple(parts(self.recomputation)) if self.recomputation else (),
@@ -198,15 +240,17 @@ class Work:
             self.plan = revised  # the same actions, with their reasons
             return
         again, done, _ = self._attempt(revised)
-        held = functools.partial(saved_bytes, num_fwd_outputs=self.num_fwd_outputs, weights=self.weights)
-        if held(again[0]) <= held(self.best[0]):
+        if self._held(again) <= self._held(self.best):
             self.plan, self.best, self.done = revised, again, done
 
     def _attempt(self, plan: Sequence[Decision]) -> tuple[Partition, Sampled, Uncut]:
         module, env = copy_joint(self.joint)
         severed = Severed(module.graph)
+        draws = Draws(module.graph, severed, self.config.seed)
+        with watch("round_factors", module.graph, self.config.verbose):
+            rounded = round_factors(module.graph, self.roundings, env, self.kinds, draws)
         with watch("sample", module.graph, self.config.verbose):
-            done = sample(module.graph, plan, env, severed, self.config)
+            done = sample(module.graph, plan, env, draws, self.config, rounded)
         outputs = severed.extend_outputs(self.num_fwd_outputs)
         with watch("recompute", module.graph, self.config.verbose):
             recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])
@@ -219,59 +263,3 @@ class Work:
         with watch("unfold_late_sums", backward.graph, self.config.verbose):
             unfold_late_sums(backward.graph)
         return (forward, backward), done, uncut
-
-
-def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
-    """Placeholders that are parameters or buffers.
-
-    Dynamo names them by index (``static``) and ``aot_module`` by description. A plain function traced by ``aot_function``
-    says neither: then every input with a gradient counts, so that a product with such an input stays exact.
-    """
-    inputs = primals(graph)
-    chosen = {inputs[i] for i in static or () if i < len(inputs)}
-    chosen |= {n for n in inputs if type(n.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")}
-    if not chosen:
-        chosen = set(gradient_outputs(graph, num_fwd_outputs, inputs).values())
-    return [n for n in inputs if n in chosen]
-
-
-def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str]:
-    """Placeholder -> parameter name, from ``names`` (by position) or from AOTAutograd's descriptions."""
-    result = {}
-    for i, node in enumerate(primals(graph)):
-        name = names[i] if i < len(names) else None
-        name = name or getattr(node.meta.get("desc"), "target", None)
-        if name:
-            result[node] = name
-    return result
-
-
-def cutter(
-    joint_inputs: Any, config: Config, static: Sequence[int] | None, kwargs: Mapping[str, Any]
-) -> Callable[..., Partition]:
-    """Torch's partitioner for one joint graph: (module, number of forward outputs) -> partition. Where this package plans
-    the memory, torch's own budget is off."""
-
-    def cut(module: GraphModule, outputs: int, **torch_options: Any) -> Partition:
-        if config.memory_budget is not None:
-            torch_options["activation_memory_budget"] = 1.0
-        with functorch_config.patch(torch_options):
-            return min_cut_rematerialization_partition(
-                module,
-                joint_inputs,
-                num_fwd_outputs=outputs,
-                static_lifetime_input_indices=list(static or ()),
-                **kwargs,
-            )
-
-    return cut
-
-
-def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
-    """A copy of a joint graph, and node of the original -> node of the copy. The partitioner changes what it is given."""
-    graph = Graph()
-    env: dict[Node, Node] = {}
-    output = joint.graph.output_node()
-    new_output = graph.output(graph.graph_copy(joint.graph, env))
-    new_output.meta.update(output.meta)
-    return _make_graph_module(joint, graph), env

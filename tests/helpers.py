@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger
-from wtacrs_fx.passes.work import copy_joint
+from wtacrs_fx.passes.joint_graph import copy_joint
 
 SMALL = {"min_rows": 1, "min_bytes": 0, "memory_budget": None}
 """Options that admit the tiny layers of the tests."""

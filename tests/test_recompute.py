@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
+from wtacrs_fx.passes.joint_graph import copy_joint
 from wtacrs_fx.passes.recompute import protect_draws, recompute
 from wtacrs_fx.passes.segments import find_segments, forward_nodes, merge
-from wtacrs_fx.passes.work import copy_joint
 
 from helpers import SMALL, Recorder, Transformer, calls, gradients, transformer_batch
 

@@ -12,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from wtacrs_fx.estimators import ESTIMATORS
+from wtacrs_fx.rounding import BITS
 from wtacrs_fx.units import parse_bytes
 
 OUTPUT_HEADS = (
@@ -81,6 +82,27 @@ class Config:
         "'auto': the least peak that is predicted to take no longer than exact training. None: no budget; what sampling saves "
         "in time is kept as time, and nothing is recomputed but what Inductor itself recomputes.",
     )
+    round_bits: int | None = _option(
+        None,
+        "Bits, 8, 4 or 2, in which tensors are kept that the backward multiplies gradients by (derivatives of activation "
+        "functions, normalised inputs, attention's operands, inputs of linear layers): rounded at random, without bias. Where "
+        "kept rows of a layer's input take fewer bytes, rows are kept. None: these tensors stay as they are.",
+    )
+    round_include: tuple[str, ...] = _option(
+        ("*",), "Rounded tensors are read only by modules whose name matches one of these patterns (fnmatch)."
+    )
+    round_exclude: tuple[str, ...] = _option(
+        OUTPUT_HEADS,
+        "Modules whose name matches one of these patterns read exact tensors. Default: output heads.",
+    )
+    round_fused_attention: bool = _option(
+        False,
+        "Round q, k, v and the output of fused attention too. Its backward is not linear in them, so that this has a bias, "
+        "small at 8 bits.",
+    )
+    pack_masks: bool = _option(
+        True, "Hand masks (of dropout, ReLU) to the backward as one bit an element instead of one byte. Without loss."
+    )
     seed: int | None = _option(
         None, "None: draws follow torch.manual_seed. An integer: draws come from a generator of their own."
     )
@@ -93,7 +115,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "round_include", "round_exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "inductor", _inductor_options(self.inductor))
         _check_number("ratio", self.ratio, float, lambda r: 0 < r <= 1, "a number with 0 < ratio <= 1, such as 0.3")
@@ -102,13 +124,16 @@ class Config:
         _check_choice("inner", self.inner, ("inductor", "eager"))
         _check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
         _check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
+        if self.round_bits is not None:
+            _check_number("round_bits", self.round_bits, int, lambda b: b in BITS, "None or one of 8, 4, 2 (bits)")
         _check_budget(self.memory_budget)
         if self.seed is not None:
             _check_number(
                 "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
             )
-        if not isinstance(self.attention, bool):
-            raise TypeError(f"attention={self.attention!r}: expected True or False.")
+        for name in ("attention", "pack_masks", "round_fused_attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
         if not isinstance(self.verbose, bool) and self.verbose != 2:
             raise TypeError(f"verbose={self.verbose!r}: expected True, False or 2.")
 
@@ -152,7 +177,7 @@ class Config:
         """The options as a Markdown table (the README's table is made by this)."""
         rows = []
         for f in dataclasses.fields(cls):
-            default = "output heads" if f.name == "exclude" else repr({} if f.name == "inductor" else f.default)
+            default = "output heads" if f.default is OUTPUT_HEADS else repr({} if f.name == "inductor" else f.default)
             rows.append((f"`{f.name}`", f"`{default}`", f.metadata["doc"]))
         return tabulate(rows, headers=("option", "default", "meaning"), tablefmt="github")
 

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 import wtacrs_fx.ops  # noqa: F401  (registers select_rows and draw_seed)
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.account import build_ledger
+from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.kinds import Kind, classify, is_tangent
 from wtacrs_fx.passes.policy import decide, needed_whole, settle, view_base
 from wtacrs_fx.passes.sample import sample
@@ -69,7 +70,7 @@ def rewrite_joint(
     saved = {view_base(n).name for n in handed_over(graph, kinds)}
     plan, _ = settle(plan, saved, needed_whole(plan, kinds), config)
     with watch("sample", graph, config.verbose):
-        done = sample(graph, plan, {n: n for n in graph.nodes}, NoCuts(), config)
+        done = sample(graph, plan, {n: n for n in graph.nodes}, Draws(graph, NoCuts(), config.seed), config)
     for decision in plan:
         node = done.products.get(decision.site.node, decision.site.node)
         node.meta["wtacrs"] = {

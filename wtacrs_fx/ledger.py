@@ -63,6 +63,27 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """A tensor that the backward is given in fewer bits."""
+
+    tensor: str
+    """Its name in the graph."""
+    module: str
+    """Where it is made."""
+    op: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    bits: int
+    """1: a mask, packed without loss; 8, 4, 2: rounded."""
+    bytes_exact: int
+    """Bytes of the tensor as it is."""
+    bytes_now: int
+    """Bytes of its codes and scales."""
+    readers: tuple[str, ...]
+    """Operations of the backward that read it."""
+
+
+@dataclass(frozen=True)
 class Part:
     """A segment of the forward, and whether the backward computes it again."""
 
@@ -114,6 +135,7 @@ class Ledger:
     predicted_eager: Prediction | None = None
     notes: tuple[str, ...] = ()
     """What a report has to say beside its figures."""
+    compressed: tuple[Compressed, ...] = ()
 
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
@@ -132,7 +154,7 @@ class Ledger:
         known = {f.name for f in dataclasses.fields(cls)}
         if set(data) != known:
             raise TypeError(f"a ledger has the fields {sorted(known)}, not {sorted(data)}.")
-        rows = {"entries": Entry, "parts": Part, "tensors": Saved}
+        rows = {"entries": Entry, "parts": Part, "tensors": Saved, "compressed": Compressed}
         values: dict[str, Any] = {
             name: tuple(row(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in data[name])
             for name, row in rows.items()
@@ -197,11 +219,34 @@ class Ledger:
         ]
         headers = ("module", "op", "input", "dtype", "rows kept", "exact", "now", "decision", "reason")
         text = tabulate(rows, headers, disable_numparse=True)
+        if self.compressed:
+            text += "\n\n" + self._compressed_table()
         if self.parts:
             lines = [(p.name, p.decision, f"{p.flops_added / 1e9:.2f}", ", ".join(p.kept)) for p in self.parts]
             titles = ("segment of the forward", "in the backward", "GFLOPs added", "tensors saved inside")
             text += "\n\n" + tabulate(lines, titles, disable_numparse=True)
         return f"{text}\n{self.summary()}"
+
+    def _compressed_table(self) -> str:
+        """Tensors in fewer bits; equal ones of one kind are counted in one line."""
+        lines: dict[tuple, list[Compressed]] = {}
+        for c in self.compressed:
+            lines.setdefault((c.op, c.shape, c.dtype, c.bits, c.readers), []).append(c)
+        rows = [
+            (
+                f"{same[0].module or same[0].tensor}" + (f" and {len(same) - 1} more" if len(same) > 1 else ""),
+                op,
+                "x".join(map(str, shape)),
+                dtype,
+                bits,
+                format_bytes(sum(c.bytes_exact for c in same)),
+                format_bytes(sum(c.bytes_now for c in same)),
+                ", ".join(readers),
+            )
+            for (op, shape, dtype, bits, readers), same in lines.items()
+        ]
+        headers = ("tensor of", "made by", "shape", "dtype", "bits", "exact", "now", "read by")
+        return tabulate(rows, headers, disable_numparse=True)
 
     def summary(self) -> str:
         """The totals in one line, what is predicted in another, and the notes."""

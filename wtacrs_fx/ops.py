@@ -58,6 +58,20 @@ def _(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> 
     return importance.new_empty(shape, dtype=torch.int64), importance.new_empty(shape, dtype=torch.float32)
 
 
+@torch.library.custom_op("wtacrs::stream_key", mutates_args=())
+def stream_key(seed: Tensor, stream: int) -> Tensor:
+    """Key int32 [2] for the random numbers of one rounding, see :func:`wtacrs_fx.rounding.uniform`.
+
+    Args as for ``select_rows``.
+    """
+    return rng.key(seed, 4 * stream)
+
+
+@stream_key.register_fake
+def _(seed: Tensor, stream: int) -> Tensor:
+    return seed.new_empty((2,), dtype=torch.int32)
+
+
 @torch.library.custom_op("wtacrs::split_seeds", mutates_args=())
 def split_seeds(seeds: Tensor) -> list[Tensor]:
     """Every number of int64 [n] as a tensor [1] of its own."""

@@ -53,7 +53,7 @@ def uniform(seed: Tensor, stream: int, n: int) -> Tensor:
 
     Args: seed, int64 [..., 1] on the device of the result; stream, any integer; n >= 0. Returns: float64 [..., n].
     """
-    start = _mix(seed + _signed(_mix_host(stream)))
+    start = _start(seed, stream)
     z = _mix(start + torch.arange(1, n + 1, device=seed.device) * _signed(_GOLDEN))
     return _shift(z, 11).to(torch.float64) * 2.0**-53
 
@@ -61,6 +61,17 @@ def uniform(seed: Tensor, stream: int, n: int) -> Tensor:
 def split(seed: Tensor, n: int) -> Tensor:
     """n seeds made of one, int64 [1] -> int64 [n], for draws that are independent of each other."""
     return _mix(_mix(seed) + torch.arange(1, n + 1, device=seed.device) * _signed(_GOLDEN))
+
+
+def key(seed: Tensor, stream: int) -> Tensor:
+    """int32 [2], the start of a stream for a generator with a key of two words. Args as for :func:`uniform`."""
+    start = _start(seed, stream)
+    words = torch.cat([start, _shift(start, 32)]) & (2**32 - 1)
+    return ((words ^ 2**31) - 2**31).to(torch.int32)
+
+
+def _start(seed: Tensor, stream: int) -> Tensor:
+    return _mix(seed + _signed(_mix_host(stream)))
 
 
 def _signed(x: int) -> int:

@@ -1,0 +1,143 @@
+"""Decide: which tensors are rounded, to how many bits, and which roundings were worth it. Touches no graph."""
+
+import fnmatch
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from wtacrs_fx.config import Config
+from wtacrs_fx.passes.factors import Shared, is_cheap
+from wtacrs_fx.passes.kinds import draws
+from wtacrs_fx.passes.liveness import buffer_bytes, is_library_call
+from wtacrs_fx.passes.policy import Action, Decision, view_base
+from wtacrs_fx.passes.round import Rounding
+from wtacrs_fx.passes.sites import module_of
+from wtacrs_fx.rounding import Format
+
+aten = torch.ops.aten
+
+_RANGES: Mapping[torch._ops.OpOverload, tuple[float, float]] = {
+    aten.gelu_backward.default: (-0.1291, 1.1291),
+    aten.tanh_backward.default: (0.0, 1.0),
+    aten.sigmoid_backward.default: (0.0, 0.25),
+}
+"""Ranges of derivatives, rounded outwards. (gelu'(x) is largest at sqrt 2: 1.12890.)"""
+
+
+def rows_or_bits(plan: Sequence[Decision], config: Config) -> list[Decision]:
+    """Early sites whose kept rows take more bytes than all rows in few bits become late ones, which read all rows rounded
+    and choose by the true gradient. The others stay early."""
+    assert config.round_bits is not None
+    new = []
+    for d in plan:
+        bits = 8 * d.site.activation.value.dtype.itemsize * config.ratio
+        cheaper = d.action is Action.EARLY and config.round_bits < bits and config.late == "sample"
+        new.append(d.to(Action.LATE, "") if cheaper else d)
+    return new
+
+
+def decide_roundings(
+    shared: Iterable[Shared], plan: Iterable[Decision], saved: Collection[str], exact: Collection[Node], config: Config
+) -> list[Rounding]:
+    """Every tensor that the options admit and that would relieve the backward of a saved one.
+
+    Args:
+        shared: from :func:`wtacrs_fx.passes.factors.share`.
+        plan: early sites keep rows, and their products read nothing else.
+        saved: names of the tensors (view bases) that the partition without rounding saves.
+        exact: nodes that stay exact (recomputed ones).
+        config: bits, patterns, smallest size.
+    """
+    early = {d.site.node for d in plan if d.action is Action.EARLY}
+    result = []
+    for s in shared:
+        factors = tuple(f for f in s.factors if f.reader not in early and _admits(f.reader, config))
+        rounding = Rounding(s.tensor, factors, _form(s, config))
+        value, before = s.tensor.meta["val"], buffer_bytes(s.tensor)
+        if not factors or s.tensor in exact or before < config.min_bytes or rounding.bytes > before:
+            continue
+        if value.device.type != "meta" and not is_cheap(s.tensor, value.numel()) and sources(rounding, saved):
+            result.append(rounding)
+    return result
+
+
+def worthwhile(roundings: Sequence[Rounding], before: Collection[str], after: Collection[str]) -> list[Rounding]:
+    """Those that relieve the backward of more bytes than they add. Roundings that relieve it of the same tensor are judged
+    together.
+
+    Args:
+        roundings: what was tried.
+        before, after: names of the tensors (view bases) saved without them and with them.
+    """
+    groups: list[tuple[list[Rounding], set[Node]]] = []
+    for rounding in roundings:
+        members, found = [rounding], sources(rounding, before)
+        for group in [g for g in groups if g[1] & found]:
+            groups.remove(group)
+            members, found = group[0] + members, group[1] | found
+        groups.append((members, found))
+    kept: set[Node] = set()
+    for members, found in groups:
+        cost = sum(r.bytes for r in members)
+        if cost < sum(buffer_bytes(n) for n in found if n.name not in after):
+            kept |= {r.tensor for r in members}
+    return [r for r in roundings if r.tensor in kept]
+
+
+def sources(rounding: Rounding, saved: Collection[str]) -> set[Node]:
+    """The saved tensors that the backward computes the factors from without rounding, inputs of the graph left out."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    stack = [f.operand for f in rounding.factors]
+    while stack:
+        base = view_base(stack.pop())
+        if base in seen or base.op != "call_function":
+            continue
+        seen.add(base)
+        if base.name in saved:
+            found.add(base)
+        elif not draws(base) and not is_library_call(base):
+            stack += base.all_input_nodes
+    return found
+
+
+def name_bits(plan: Sequence[Decision], roundings: Sequence[Rounding]) -> list[Decision]:
+    """The plan with its reasons: which sites read rounded inputs."""
+    bits = {f.reader: r.form.bits for r in roundings for f in r.factors}
+    return [replace(d, reason=f"input kept in {bits[d.site.node]} bits") if d.site.node in bits else d for d in plan]
+
+
+def _admits(reader: Node, config: Config) -> bool:
+    module = module_of(reader)
+    if any(fnmatch.fnmatchcase(module, p) for p in config.round_exclude):
+        return False
+    return any(fnmatch.fnmatchcase(module, p) for p in config.round_include)
+
+
+def _form(shared: Shared, config: Config) -> Format:
+    """Twice the bits for attention's operands and its result: its gradients are
+    small differences of large numbers. Of known range where the tensor is a bare derivative: the factor of a product
+    of the same operation's backward."""
+    assert config.round_bits is not None
+    if _is_attention(shared.root) or any(_is_attention(f.reader) for f in shared.factors):
+        return Format(min(8, 2 * config.round_bits))
+    form = Format(config.round_bits)
+    operation = shared.tensor.meta.get("original_aten")
+    limits = _RANGES.get(operation) if operation else None
+    if limits is None or shared.tensor.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
+        return form
+    for factor in shared.factors:
+        whole = factor.operand is shared.tensor and factor.reader.target is aten.mul.Tensor
+        if not whole or factor.reader.meta.get("original_aten") is not operation:
+            return form
+    return replace(form, low=limits[0], high=limits[1])
+
+
+def _is_attention(node: Node) -> bool:
+    """Whether the node is a product or the backward of attention, or a result of fused attention."""
+    source = node.args[0] if node.target is operator.getitem else node
+    target = source.target if isinstance(source, Node) else None
+    return target is aten.bmm.default or "scaled_dot_product" in str(target)

@@ -1,0 +1,117 @@
+"""Let the activations between a gradient and the next one meet first, so that one tensor is held for them and not one each.
+
+Before (a gated unit)::
+
+    mul: f32 = g * up                                     up, sigmoid and add held, or what they are computed from
+    mul_1: f32 = mul * sigmoid
+    mul_2: f32 = mul_1 * add
+
+After (the same up to rounding of floating point)::
+
+    mul_3: f32 = up * sigmoid
+    mul_4: f32 = mul_3 * add                              mul_4 held
+    mul_2: f32 = g * mul_4
+
+So for a derivative that is written out as a sum over several ways: ``g * a + (g * b) * c`` becomes ``g * (a + b * c)``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Graph, Node
+
+from wtacrs_fx.passes.emit import Emitter
+from wtacrs_fx.passes.factors import is_cheap, is_rounded
+from wtacrs_fx.passes.kinds import Kind
+
+aten = torch.ops.aten
+
+Expression: TypeAlias = "Node | float | tuple[Any, Expression, Expression]"
+"""An activation, a number, or (operation, left, right)."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A gradient as ``root * coefficient``, elementwise; ``factors`` counts the tensors in the coefficient."""
+
+    root: Node
+    coefficient: Expression = 1.0
+    factors: int = 0
+
+
+def collapse(graph: Graph, kinds: dict[Node, Kind]) -> int:
+    """Rewrite every gradient that is another one times several large activations, and that is read by something else than
+    such a product. Returns how many; ``kinds`` is kept up to date."""
+    scaled: dict[Node, Scaled] = {}
+    for node in graph.nodes:
+        if kinds.get(node) is Kind.GRADIENT:
+            scaled[node] = _scaled(node, scaled, kinds)
+    count = 0
+    for node, form in scaled.items():
+        inside = [u for u in node.users if u in scaled and scaled[u].root is form.root]
+        if form.factors < 2 or len(inside) == len(node.users):
+            continue
+        with graph.inserting_before(node):
+            emit = Emitter(graph, node)
+            product = emit(aten.mul.Tensor, form.root, _emit(emit, form.coefficient, kinds))
+        kinds[product] = Kind.GRADIENT
+        node.replace_all_uses_with(product)
+        count += 1
+    if count:
+        graph.eliminate_dead_code()
+    return count
+
+
+def _scaled(node: Node, scaled: Mapping[Node, Scaled], kinds: Mapping[Node, Kind]) -> Scaled:
+    """The node in terms of an earlier gradient of its shape; of itself if it is no such product."""
+    itself = Scaled(node)
+    if node.op != "call_function" or node.kwargs or not is_rounded(node):
+        return itself
+    shape = node.meta["val"].shape
+    gradients = [a for a in node.args if isinstance(a, Node) and kinds[a] is Kind.GRADIENT]
+    if not gradients or any(not is_rounded(g) or g.meta["val"].shape != shape for g in gradients):
+        return itself
+    if any(g.meta["val"].dtype != node.meta["val"].dtype for g in gradients):
+        return itself
+    first = scaled[gradients[0]]
+    if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(gradients) == 2:
+        second = scaled[gradients[1]]
+        if first.root is not second.root:
+            return itself
+        sum_ = (node.target, first.coefficient, second.coefficient)
+        return Scaled(first.root, sum_, first.factors + second.factors)
+    if node.target is aten.neg.default:
+        return Scaled(first.root, (aten.mul.Tensor, first.coefficient, -1.0), first.factors)
+    if node.target not in (aten.mul.Tensor, aten.mul.Scalar) or len(gradients) != 1:
+        return itself
+    other: Any = node.args[1] if node.args[0] is gradients[0] else node.args[0]
+    if isinstance(other, (int, float)):
+        return Scaled(first.root, (aten.mul.Tensor, first.coefficient, float(other)), first.factors)
+    if is_rounded(other) and other.meta["val"].shape == shape and not is_cheap(other, shape.numel()):
+        return Scaled(first.root, (aten.mul.Tensor, first.coefficient, other), first.factors + 1)
+    return itself
+
+
+def _emit(emit: Emitter, expression: Expression, kinds: dict[Node, Kind]) -> Any:
+    """Operations that compute an expression; numbers are computed right away."""
+    if not isinstance(expression, tuple):
+        return expression
+    operation, left, right = expression
+    left, right = _emit(emit, left, kinds), _emit(emit, right, kinds)
+    numbers = [x for x in (left, right) if not isinstance(x, Node)]
+    if operation is aten.mul.Tensor and 1.0 in numbers:
+        return right if left == 1.0 else left
+    if len(numbers) == 2:
+        signs = {aten.mul.Tensor: left * right, aten.add.Tensor: left + right, aten.sub.Tensor: left - right}
+        return signs[operation]
+    if not isinstance(left, Node):  # (an operation's first argument is a tensor)
+        if operation is aten.sub.Tensor:
+            left, right, operation = emit(aten.neg.default, right), left, aten.add.Tensor
+            kinds[left] = Kind.ACTIVATION
+        else:
+            left, right = right, left
+    node = emit(operation, left, right)
+    kinds[node] = Kind.ACTIVATION
+    return node

@@ -1,0 +1,168 @@
+"""Find the factors: activations that a gradient is multiplied by, and the tensors that stand behind them.
+
+The backward is linear in gradients, and every product in it is linear in its activation too: ``g * gelu'(x)``,
+``g * x_hat``, ``P^T g``. So the activation may be replaced by an unbiased estimate of it. What is estimated need not be the
+factor itself: where the factor is a linear function of a tensor (a view, a conversion, scaled or shifted by something small
+or by a mask), that tensor can serve several factors at once::
+
+    x_hat: f32[B, T, D]                    <- the tensor: factor of three products of the normalisation's backward,
+    mul = x_hat * weight; add = mul + bias
+    view: f32[B T, D] = view(add)          <- and, by way of these, of the weight gradients behind it
+"""
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from wtacrs_fx.passes.kinds import Kind, is_tensor
+from wtacrs_fx.passes.policy import is_view
+from wtacrs_fx.passes.sites import PRODUCTS
+from wtacrs_fx.rounding import Format, written_bytes
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+ATTENTION_BACKWARDS = (
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_efficient_attention_backward.default,
+    aten._scaled_dot_product_cudnn_attention_backward.default,
+)
+"""Fused: (gradient, q, k, v, ...). Not linear in these operands, and biased if they are rounded."""
+
+SMALL = 16
+"""What scales or shifts a tensor is small if it has this many times fewer elements: it is kept as it is."""
+
+_BILINEAR: Mapping[Any, Sequence[int]] = {
+    aten.mul.Tensor: (0, 1),
+    prims.fma.default: (0, 1),
+    **dict.fromkeys(PRODUCTS, (0, 1)),
+}
+"""Operation -> the arguments that it is linear in, each for fixed others."""
+
+_SCALES = (
+    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor,
+    aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar,
+)  # fmt: skip
+_SAME = (aten.neg.default, aten.clone.default, prims.convert_element_type.default)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``reader`` multiplies a gradient by ``operand``."""
+
+    reader: Node
+    operand: Node
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor and the factors that are linear functions of it."""
+
+    tensor: Node
+    factors: tuple[Factor, ...]
+    root: Node
+    """What ``tensor`` is itself a linear function of."""
+
+
+def find_factors(nodes: Iterable[Node], kinds: Mapping[Node, Kind], *, fused_attention: bool = False) -> list[Factor]:
+    """All factors, in graph order: operands of 32 or 16 bits a number and static size.
+
+    Args:
+        nodes: of a joint graph.
+        kinds: of the nodes.
+        fused_attention: whether q, k, v and the output count, where fused attention reads them.
+    """
+    found = []
+    for node in nodes:
+        if node.op != "call_function" or kinds[node] is not Kind.GRADIENT:
+            continue
+        places = _BILINEAR.get(node.target, ())
+        if fused_attention and node.target in ATTENTION_BACKWARDS:
+            places = (1, 2, 3, 4)
+        operands = [a for i in places if isinstance(a := node.args[i], Node)]
+        found += [Factor(node, a) for a in dict.fromkeys(operands) if kinds[a] is Kind.ACTIVATION and is_rounded(a)]
+    return found
+
+
+def is_rounded(node: Node) -> bool:
+    """Whether the node is a tensor of a type that is rounded (float64 and integers stay exact)."""
+    if not is_tensor(node):
+        return False
+    value = node.meta["val"]
+    return (
+        value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and value.dim() > 0
+        and all(isinstance(s, int) for s in value.shape)
+    )
+
+
+def share(factors: Iterable[Factor], kinds: Mapping[Node, Kind]) -> list[Shared]:
+    """Factors that are linear functions of one tensor together: of all tensors that serve them, the one that takes fewest
+    bytes in 8 bits with its scales, and of these the nearest."""
+    families: dict[Node, list[tuple[Factor, list[Node]]]] = {}
+    for factor in factors:
+        lineage = ancestry(factor.operand, kinds)
+        families.setdefault(lineage[-1], []).append((factor, lineage))
+    result = []
+    for root, family in families.items():
+        common = [n for n in family[0][1] if all(n in lineage for _, lineage in family) and not _is_rearranged(n)]
+        tensor = min(common or [root], key=lambda n: written_bytes(n.meta["val"].shape, Format(8)))
+        result.append(Shared(tensor, tuple(factor for factor, _ in family), root))
+    return [s for s in result if is_rounded(s.tensor)]
+
+
+def ancestry(node: Node, kinds: Mapping[Node, Kind]) -> list[Node]:
+    """The node, what it is a linear function of, what that is a linear function of, and so on."""
+    result = [node]
+    while (source := linear_source(result[-1], kinds)) is not None:
+        result.append(source)
+    return result
+
+
+def linear_source(node: Node, kinds: Mapping[Node, Kind]) -> Node | None:
+    """The one large activation that the node is an affine function of, if its other inputs are small, weights or masks."""
+    if node.op != "call_function" or node.target is operator.getitem or not is_tensor(node):
+        return None
+    inputs = node.all_input_nodes
+    power_of_one = node.target is aten.pow.Tensor_Scalar and node.args[1] == 1
+    if (is_view(node) or node.target in _SAME or power_of_one) and len(inputs) == 1:
+        return inputs[0] if is_rounded(inputs[0]) else None
+    if node.target is aten.where.self:
+        inputs = list(dict.fromkeys(a for a in node.args[1:] if isinstance(a, Node)))
+    elif node.target not in _SCALES:
+        return None
+    numel = node.meta["val"].numel()
+    large = [n for n in inputs if kinds[n] is Kind.ACTIVATION and not is_cheap(n, numel)]
+    if len(large) != 1 or not is_rounded(large[0]):
+        return None
+    if node.target is aten.div.Tensor and node.args[0] is not large[0]:
+        return None
+    if sum(a is large[0] for a in node.args) != 1:  # (a square is not linear)
+        return None
+    return large[0]
+
+
+def is_cheap(node: Node, numel: int) -> bool:
+    """Whether the backward can have the node without holding a large tensor of numbers: a mask times constants, or small."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype is torch.bool or _stored(value) * SMALL <= numel:
+        return True
+    inputs = node.all_input_nodes
+    if not (is_view(node) or node.target in (*_SAME, aten.mul.Tensor, aten.where.self)) or node.op != "call_function":
+        return False
+    return all(is_cheap(n, numel) for n in inputs)
+
+
+def _stored(value: Tensor) -> int:
+    """Elements in memory: an expanded tensor has fewer than its shape says."""
+    return int(value.untyped_storage().nbytes()) // value.dtype.itemsize
+
+
+def _is_rearranged(node: Node) -> bool:
+    """A view that does not lie in memory row by row."""
+    return node.op == "call_function" and is_view(node) and not node.meta["val"].is_contiguous()

@@ -1,0 +1,69 @@
+"""A joint graph as AOTAutograd gives it: which of its inputs are parameters, a copy of it, and torch's cut through it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module
+
+from wtacrs_fx.config import Config
+from wtacrs_fx.passes.budget import Partition
+from wtacrs_fx.passes.sites import gradient_outputs, primals
+
+
+def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
+    """Placeholders that are parameters or buffers.
+
+    Dynamo names them by index (``static``) and ``aot_module`` by description. A plain function traced by ``aot_function``
+    says neither: then every input with a gradient counts, so that a product with such an input stays exact.
+    """
+    inputs = primals(graph)
+    chosen = {inputs[i] for i in static or () if i < len(inputs)}
+    chosen |= {n for n in inputs if type(n.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")}
+    if not chosen:
+        chosen = set(gradient_outputs(graph, num_fwd_outputs, inputs).values())
+    return [n for n in inputs if n in chosen]
+
+
+def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str]:
+    """Placeholder -> parameter name, from ``names`` (by position) or from AOTAutograd's descriptions."""
+    result = {}
+    for i, node in enumerate(primals(graph)):
+        name = names[i] if i < len(names) else None
+        name = name or getattr(node.meta.get("desc"), "target", None)
+        if name:
+            result[node] = name
+    return result
+
+
+def cutter(
+    joint_inputs: Any, config: Config, static: Sequence[int] | None, kwargs: Mapping[str, Any]
+) -> Callable[..., Partition]:
+    """Torch's partitioner for one joint graph: (module, number of forward outputs) -> partition. Where this package plans
+    the memory, torch's own budget is off."""
+
+    def cut(module: GraphModule, outputs: int, **torch_options: Any) -> Partition:
+        if config.memory_budget is not None:
+            torch_options["activation_memory_budget"] = 1.0
+        with functorch_config.patch(torch_options):
+            return min_cut_rematerialization_partition(
+                module,
+                joint_inputs,
+                num_fwd_outputs=outputs,
+                static_lifetime_input_indices=list(static or ()),
+                **kwargs,
+            )
+
+    return cut
+
+
+def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
+    """A copy of a joint graph, and node of the original -> node of the copy. The partitioner changes what it is given."""
+    graph = Graph()
+    env: dict[Node, Node] = {}
+    output = joint.graph.output_node()
+    new_output = graph.output(graph.graph_copy(joint.graph, env))
+    new_output.meta.update(output.meta)
+    return _make_graph_module(joint, graph), env

@@ -1,0 +1,275 @@
+"""The rounding pass: every kind of site four ways at once, whole models, and where it must do nothing."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wtacrs_fx import Backend, Ledger
+from wtacrs_fx.benchmarks import measure
+
+from helpers import Moments, Recorder, Transformer, calls, gradients, transformer_batch
+
+aten, wtacrs = torch.ops.aten, torch.ops.wtacrs
+ROUNDED = {"ratio": 1.0, "min_bytes": 0, "min_rows": 1, "memory_budget": None, "inner": "eager"}
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+KINDS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "swiglu": lambda x: F.silu(x[..., :64]) * x[..., 64:],
+    "geglu": lambda x: F.gelu(x[..., :64]) * x[..., 64:],
+    "new_gelu": lambda x: 0.5 * x * (1 + torch.tanh(0.797 * (x + 0.0447 * x**3))),
+    "layer_norm": lambda x: F.layer_norm(x, (128,)),
+    "rms_norm": rms_norm,
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(-1),
+}
+
+
+class Unit(nn.Module):
+    """One operation between two linear layers; the second has no bias and is followed by fixed weights."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.operation = KINDS[kind]
+        width = self.operation(torch.zeros(1, 128)).shape[-1]
+        self.a, self.b = nn.Linear(128, 128), nn.Linear(width, 32, bias=False)
+        self.register_buffer("weights", torch.linspace(-1, 1, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.b(self.operation(self.a(x))) * self.weights).mean()
+
+
+def compiled_gradients(model: nn.Module, batch: tuple, backend) -> dict[str, Tensor]:
+    torch._dynamo.reset()
+    return gradients(model, *batch, call=torch.compile(model, backend=backend))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_sites(kind):
+    """Numerics, count, what is saved, and the mean of the gradient by z-scores at 4 bits."""
+    torch.manual_seed(0)
+    model, x = Unit(kind), 2 * torch.randn(32, 128)
+    exact = compiled_gradients(model, (x,), "aot_eager_decomp_partition")
+    forward = torch.compile(model, backend="aot_eager_decomp_partition")(x)
+    recorder = Recorder(**{**ROUNDED, "round_bits": 4})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=recorder)
+    assert torch.equal(compiled(x), forward)
+    lines = recorder.ledger.compressed
+    assert any(line.bits == 4 for line in lines), recorder.ledger.table()
+    assert calls(recorder.forward[0], wtacrs.stream_key.default) == sum(c.bits > 1 for c in lines)
+    assert calls(recorder.backward[0], wtacrs.stream_key.default) == 0
+    before, now = (n - x.nbytes for n in (recorder.ledger.saved_bytes_exact, recorder.ledger.saved_bytes))  # x is saved
+    assert now < 0.5 * before, recorder.ledger.table()
+    moments = Moments()
+    for _ in range(40):
+        moments.add(gradients(model, x, call=compiled))
+    for name, value in exact.items():
+        assert moments.standard_error(name).max() > 0 or name == "a.bias", name
+        rms = float(moments.z(name, value).square().mean().sqrt())
+        assert rms < 1.5, f"{name}: z rms {rms:.2f}"
+
+
+@pytest.mark.parametrize("kind", ["gelu_tanh", "swiglu", "geglu", "new_gelu", "silu"])
+def test_several_factors_become_one(kind):
+    """One tensor for the derivative, however it is written, beside those of the other operands."""
+    torch.manual_seed(0)
+    model, x = Unit(kind), torch.randn(32, 128)
+    backend = Backend(**{**ROUNDED, "round_bits": 8})
+    found = compiled_gradients(model, (x,), backend)
+    pointwise = [c for c in backend.ledger.compressed if "mm" not in c.readers]
+    assert len(pointwise) == (2 if kind in ("swiglu", "geglu") else 1), backend.ledger.table()
+    exact = compiled_gradients(model, (x,), "aot_eager_decomp_partition")
+    for name, value in exact.items():
+        assert measure.relative_error(found, {name: value}) < 5e-4
+
+
+def test_normalisation_shares_one_tensor_with_the_layers_behind_it():
+    torch.manual_seed(0)
+    model, batch = Transformer(width=128), transformer_batch(width=128)
+    backend = Backend(**{**ROUNDED, "round_bits": 8})
+    compiled_gradients(model, batch, backend)
+    norms = [c for c in backend.ledger.compressed if "native_layer_norm_backward" in c.readers]
+    assert len(norms) == 4
+    assert all("mm" in c.readers for c in norms)
+
+
+@pytest.mark.parametrize(("ratio", "bits"), [(1.0, 4), (0.5, 8)])
+def test_mean_of_a_transformer(ratio, bits):
+    """Attention, normalisations, GELU, sampled rows: all at once. Dropout masks are those of the forward."""
+    torch.manual_seed(0)
+    model, batch = Transformer(width=128), transformer_batch(width=128)
+    exact = compiled_gradients(model, batch, "aot_eager_decomp_partition")
+    backend = Backend(**{**ROUNDED, "ratio": ratio, "round_bits": bits})
+    torch._dynamo.reset()
+    compiled, moments = torch.compile(model, backend=backend), Moments()
+    for _ in range(50):
+        moments.add(gradients(model, *batch, call=compiled))
+    assert len(backend.ledger.compressed) >= 12
+    for name, value in exact.items():
+        if value.abs().max() > 1e-7:
+            rms = float(moments.z(name, value).square().mean().sqrt())
+            assert rms < 1.5, f"{name}: z rms {rms:.2f}"
+
+
+def test_one_rounding_in_two_factors_has_a_bias_of_second_order():
+    """x_hat is twice a factor of LayerNorm's input gradient: at 2 bits the mean is off by more than noise explains, but by
+    less than a tenth of the gradient; at 8 bits it is not to be seen."""
+    torch.manual_seed(0)
+    model, x = Unit("layer_norm"), 2 * torch.randn(32, 128)
+    exact = compiled_gradients(model, (x,), "aot_eager_decomp_partition")["a.weight"]
+    bias = {}
+    for bits in (2, 8):
+        backend = Backend(**{**ROUNDED, "round_bits": bits, "round_include": "", "seed": 1})
+        torch._dynamo.reset()
+        compiled, moments = torch.compile(model, backend=backend), Moments()
+        for _ in range(60):
+            moments.add(gradients(model, x, call=compiled))
+        noise = float(moments.standard_error("a.weight").square().sum())
+        found = float((moments.mean("a.weight") - exact).square().sum())
+        bias[bits] = (found - noise) / float(exact.square().sum())
+    assert bias[2] < 1e-2, bias
+    assert abs(bias[8]) < 1e-6, bias
+
+
+def family(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Two layers, hidden 128; transformers' own code."""
+    import transformers as t
+
+    small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+    ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    causal = {"input_ids": ids, "labels": ids}
+    if name == "bert":
+        config = t.BertConfig(vocab_size=64, **small)
+        return t.BertForSequenceClassification(config), {"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0])}
+    if name == "gpt2":
+        config = t.GPT2Config(n_layer=2, n_embd=128, n_head=4, vocab_size=64, use_cache=False)
+        return t.GPT2LMHeadModel(config), causal
+    if name == "llama":
+        return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=64, use_cache=False, **small)), causal
+    if name == "t5":
+        config = t.T5Config(vocab_size=64, d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=2, use_cache=False)
+        config.decoder_start_token_id = 0
+        return t.T5ForConditionalGeneration(config), causal
+    config = t.ViTConfig(image_size=32, patch_size=8, num_labels=4, **small)
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return t.ViTForImageClassification(config), {"pixel_values": pixels, "labels": torch.arange(4)}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
+def test_whole_models(name):
+    """Relative squared errors of one draw: at 8 bits below 5e-4 in every parameter, at 4 bits below 0.05 in the median
+    only: the largest seen is 0.157, ViT's layernorm_after.weight of layer 0, so the bound on single parameters is no
+    promise but a guard. Losses are equal to the bit."""
+    torch.manual_seed(0)
+    model, batch = family(name)
+    model.train()
+
+    def run(backend) -> tuple[Tensor, dict[str, Tensor]]:
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        loss = torch.compile(model, backend=backend)(**batch).loss
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return loss.detach(), found
+
+    loss, exact = run("aot_eager_decomp_partition")
+    real = {n: g for n, g in exact.items() if g.square().mean() > 1e-16}  # (key biases have no gradient)
+    for bits, median, largest, share in ((8, 2.5e-4, 5e-4, 0.6), (4, 0.05, 0.25, 0.5)):
+        backend = Backend(**{**ROUNDED, "round_bits": bits, "round_fused_attention": True})
+        rounded_loss, found = run(backend)
+        assert torch.equal(loss, rounded_loss)
+        errors = {n: measure.relative_error(found, {n: g}) for n, g in real.items()}
+        worst = max(errors, key=errors.__getitem__)
+        assert measure.relative_error(found, real) < median
+        assert errors[worst] < largest, f"{bits} bits: {worst} {errors[worst]:.1e}"
+        assert backend.ledger.saved_bytes < share * backend.ledger.saved_bytes_exact, backend.ledger.table()
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_ledger_total_is_what_autograd_holds(inner):
+    torch.manual_seed(0)
+    model, batch = Transformer(dropout=0.1), transformer_batch()
+    backend = Backend(**{**ROUNDED, "inner": inner, "round_bits": 4, "ratio": 0.2})
+    compiled = torch.compile(model, backend=backend)
+    with measure.held(model) as held:
+        loss = compiled(*batch)
+    assert held.bytes == backend.ledger.saved_bytes
+    torch.manual_seed(3)
+    found = gradients(model, *batch, call=compiled)
+    assert loss.requires_grad
+    assert all(g.isfinite().all() for g in found.values())
+    restored = Ledger.from_dict(backend.ledger.to_dict())
+    assert restored == backend.ledger
+
+
+def test_bfloat16():
+    torch.manual_seed(0)
+    model, batch = Transformer().to(torch.bfloat16), transformer_batch()
+    batch = batch[0].to(torch.bfloat16), batch[1]
+    exact = compiled_gradients(model, batch, "aot_eager_decomp_partition")
+    backend = Backend(**{**ROUNDED, "round_bits": 4})
+    found = compiled_gradients(model, batch, backend)
+    assert {c.dtype for c in backend.ledger.compressed} >= {"bfloat16"}
+    assert backend.ledger.saved_bytes < 0.7 * backend.ledger.saved_bytes_exact
+    assert measure.relative_error(found, exact) < 0.1
+
+
+def test_recomputed_segments_are_exact():
+    """Under a budget only what is kept is rounded."""
+    torch.manual_seed(0)
+    model, batch = Transformer(layers=3), transformer_batch()
+    backend = Backend(**{**ROUNDED, "memory_budget": 0.4, "round_bits": 8})
+    found = compiled_gradients(model, batch, backend)
+    exact = compiled_gradients(model, batch, "aot_eager_decomp_partition")
+    assert any(p.decision == "recompute" for p in backend.ledger.parts)
+    assert measure.relative_error(found, exact) < 5e-4
+    assert backend.ledger.predicted.peak <= 0.4 * backend.ledger.predicted_exact.peak
+
+
+@pytest.mark.parametrize(
+    "options", [{"round_include": "nothing.*"}, {"round_exclude": "*"}, {"min_bytes": 10**6}, {"round_bits": None}]
+)
+def test_left_alone(options):
+    model, batch = Transformer(), transformer_batch()
+    exact = compiled_gradients(model, batch, "aot_eager_decomp_partition")
+    recorder = Recorder(**{**ROUNDED, "round_bits": 8, **options})
+    found = compiled_gradients(model, batch, recorder)
+    assert [c for c in recorder.ledger.compressed if c.bits > 1] == []
+    assert calls(recorder.forward[0], wtacrs.draw_seed.default) == 0
+    for name in exact:
+        torch.testing.assert_close(found[name], exact[name])
+
+
+def test_patterns_choose_modules():
+    model, batch = Transformer(), transformer_batch()
+    backend = Backend(**{**ROUNDED, "round_bits": 8, "round_include": "*.down"})
+    compiled_gradients(model, batch, backend)
+    lines = [c for c in backend.ledger.compressed if c.bits > 1]
+    assert [(c.readers, c.shape[-1]) for c in lines] == [(("mm",), 256)] * 2  # the inputs of both layers
+
+
+def test_float64_and_symbolic_sizes_stay_exact():
+    model, batch = Transformer().double(), transformer_batch()
+    batch = batch[0].double(), batch[1]
+    backend = Backend(**{**ROUNDED, "round_bits": 2})
+    exact = compiled_gradients(model, batch, "aot_eager_decomp_partition")
+    found = compiled_gradients(model, batch, backend)
+    assert all(torch.equal(found[n], exact[n]) for n in exact)
+    torch._dynamo.reset()
+    model, backend = Transformer(), Backend(**{**ROUNDED, "round_bits": 8})
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for size in (8, 5):
+        gradients(model, *transformer_batch(size), call=compiled)
+    assert backend.ledger.compressed == ()

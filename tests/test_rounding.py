@@ -1,0 +1,166 @@
+"""Rounding by itself: bounds, unbiasedness, formats, bad input."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from wtacrs_fx import Config
+from wtacrs_fx.rounding import BITS, GROUP, Format, dequantise, quantise, uniform, written_bytes
+
+SEED = torch.tensor([7], dtype=torch.int64)
+
+
+def key(stream: int) -> Tensor:
+    return torch.ops.wtacrs.stream_key(SEED, stream)
+
+
+def rounded(x: Tensor, form: Format, stream: int = 0) -> Tensor:
+    return dequantise(quantise(x, key(stream), form), x.shape, x.dtype, form)
+
+
+def grid(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Every element's grid step s and the variance s^2 f (1 - f) of its rounding, f being its place between two points."""
+    x = x.double()
+    if form.low is None:
+        grouped = x.reshape(*x.shape[:-1], form.groups(x.shape[-1]), -1)
+        low, high = (v[..., None].expand(grouped.shape).reshape(x.shape) for v in (grouped.amin(-1), grouped.amax(-1)))
+    else:
+        low, high = torch.full_like(x, form.low), torch.full_like(x, form.high)
+    s = (high - low) / form.levels
+    f = ((x - low) / s.clamp(min=1e-30)).frac()
+    return s, s**2 * f * (1 - f)
+
+
+def check_unbiased(x: Tensor, form: Format, draws: int = 200) -> None:
+    """Errors below one step; their mean by its standard error, over all elements and one by one."""
+    s, variance = grid(x, form)
+    total = torch.zeros(x.shape).double()
+    for i in range(draws):
+        error = rounded(x.float(), form, i).double() - x.double()
+        assert (error.abs() <= s * (1 + 1e-4) + 1e-6).all()
+        total += error
+    noisy = variance > 0.01 * s**2
+    if noisy.any():
+        assert abs(float(total.sum() / (draws * variance.sum()).sqrt())) < 4.5
+        z = (total / (draws * variance).sqrt())[noisy]
+        assert abs(float(z.square().mean()) - 1) < 4.5 * (2 / z.numel()) ** 0.5 + 0.02
+
+
+class TestUniform:
+    def test_is_uniform(self):
+        """Mean, variance and 64 bins of 2^18 numbers, by their standard errors; fixed seed."""
+        n = 2**18
+        u = uniform(key(0), (512, 512)).flatten().double()
+        assert u.min() >= 0
+        assert u.max() < 1
+        assert abs(float(u.mean() - 0.5)) * (12 * n) ** 0.5 < 4
+        assert abs(float(u.var() - 1 / 12)) * (180 * n) ** 0.5 < 4
+        counts = torch.histc(u, 64, 0, 1)
+        chi = float(((counts - n / 64) ** 2 / (n / 64)).sum())
+        assert abs(chi - 63) / 126**0.5 < 4
+
+    @pytest.mark.parametrize("lag", [1, 2, 3, 8, 64, 512, 513])
+    def test_neighbours_are_uncorrelated(self, lag):
+        u = uniform(key(0), (512, 512)).flatten().double() - 0.5
+        assert abs(float((u[:-lag] * u[lag:]).mean() * 12)) * (u.numel() - lag) ** 0.5 < 4
+
+    def test_streams_and_bits_are_independent(self):
+        a, b = (uniform(key(s), (256, 256)).double().flatten() - 0.5 for s in (1, 2))
+        assert abs(float((a * b).mean() * 12)) * a.numel() ** 0.5 < 4
+        words = (uniform(key(3), (2**16,)).double() * 2**24).long()
+        for bit in range(24):
+            ones = float(((words >> bit) & 1).double().mean())
+            assert abs(ones - 0.5) * 2 * 2**8 < 4.5, bit
+
+    def test_position_counts_and_nothing_else(self):
+        assert torch.equal(uniform(key(0), (6, 4)), uniform(key(0), (24,)).reshape(6, 4))
+        assert torch.equal(uniform(key(0), (2, 3, 4)), uniform(key(0), (6, 4)).reshape(2, 3, 4))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(33, 256), (5, 100), (7,), (2, 3, 128), (9, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_below_one_step_and_the_mean_exact(bits, shape, dtype):
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 1).to(dtype)
+    check_unbiased(x, Format(bits))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_known_range(bits):
+    x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
+    form = Format(bits, -0.1291, 1.1291)
+    check_unbiased(x, form)
+    written = quantise(x, key(0), form)
+    assert len(written) == 1
+    assert written[0].numel() == written_bytes(x.shape, form) == x.numel() * bits // 8
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_two_values_of_a_group_are_exact(bits):
+    mask = torch.rand(16, 256, generator=torch.Generator().manual_seed(0)) > 0.3
+    x = mask.float() / 0.7
+    torch.testing.assert_close(rounded(x, Format(bits)), x, rtol=1e-6, atol=0)
+    for value in (0.0, -3.7, 1e-42, 3e38):
+        same = torch.full((3, 128), value)
+        assert torch.equal(rounded(same, Format(bits)), same)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_group_only(bad):
+    x = torch.randn(4, 2 * GROUP, generator=torch.Generator().manual_seed(0))
+    x[1, 5] = bad
+    found = rounded(x, Format(4))
+    assert not found[1, :GROUP].isfinite().any()
+    rest = torch.ones_like(x, dtype=torch.bool)
+    rest[1, :GROUP] = False
+    assert torch.equal(found[rest], rounded(torch.where(rest, x, 0.0), Format(4))[rest])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_empty(shape):
+    for bits in BITS:
+        form = Format(bits, 0.0, 1.0)
+        assert rounded(torch.empty(shape), form).shape == shape
+
+
+def test_strides_do_not_matter():
+    x = torch.randn(8, 16, 32, generator=torch.Generator().manual_seed(0))
+    for view in (x.transpose(0, 2), x[:, :1].expand(8, 16, 32), x[::2, :, 1:]):
+        assert torch.equal(rounded(view, Format(8)), rounded(view.contiguous(), Format(8)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(6, 130), (3, 5, 7)])
+def test_compiled_is_the_same_function(bits, shape):
+    """Also in the scalar tails of vectorised loops."""
+    x, k, form = torch.randn(shape, generator=torch.Generator().manual_seed(0)), key(3), Format(bits)
+
+    def function(x: Tensor, k: Tensor) -> Tensor:
+        return dequantise(quantise(x, k, form), x.shape, x.dtype, form)
+
+    found = torch.compile(function, dynamic=False)(x, k)
+    assert ((found - x).abs() <= grid(x, form)[0] * (1 + 1e-4) + 1e-6).all()
+    # A product that is fused with a sum may move a value that lies on the edge of two codes.
+    assert ((found - function(x, k)).abs() > 1e-5).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 16, -8, 8.0, "8", True])
+def test_other_bits_are_refused(bits):
+    with pytest.raises((ValueError, TypeError), match=r"round_bits=.*8, 4, 2"):
+        Config(round_bits=bits)
+    if not isinstance(bits, float):
+        with pytest.raises(ValueError, match="expected one of 8, 4, 2"):
+            Format(bits)
+
+
+def test_half_a_range_is_refused():
+    with pytest.raises(ValueError, match="both ends"):
+        Format(8, low=0.0)
+
+
+@pytest.mark.parametrize("option", [{"pack_masks": 1}, {"round_fused_attention": "yes"}, {"round_include": 3}])
+def test_options_of_another_type_are_refused(option):
+    (name,) = option
+    with pytest.raises(TypeError, match=name):
+        Config(**option)

@@ -1,0 +1,181 @@
+"""Stochastic rounding to 8, 4 or 2 bits, and packing of masks to 1 bit: pure functions of tensors.
+
+A value x of a group with smallest value l and largest value h is written on a grid of ``2^bits`` points,
+
+    q = floor((x - l) / s + u),   s = (h - l) / (2^bits - 1),   u uniform in [0, 1),        x' = l + s q,
+
+so that ``E[x'] = x``, ``|x' - x| < s`` and ``Var[x'] <= s^2 / 4``. A group whose values are all equal, or take only two
+values, is written exactly. (Stochastic rounding of activations for the backward: Chen et al., ActNN, ICML 2021,
+arXiv 2104.14129, section 3.2; here the rounded tensors are operands that the gradient is linear in.)
+
+Everything is written in plain elementwise operations and reductions over a group, so that a compiler computes it inside of
+the kernels that make and read the tensors. Integer arithmetic is in int32 where there are many numbers: that is what
+vector units are good at.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = (8, 4, 2)
+
+GROUP = 128
+"""Neighbours along the last dimension that share a scale. A row that is no multiple of it is one group."""
+
+_TINY = 2.0**-126
+"""Smallest step: that of a group of equal values, which is then written exactly, and of denormal ones."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a tensor is written.
+
+    Args:
+        bits: 8, 4 or 2.
+        low, high: the range of the values where it is known beforehand; otherwise that of each group is measured.
+    """
+
+    bits: int
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits!r}: expected one of {', '.join(map(str, BITS))}.")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"low={self.low!r}, high={self.high!r}: give both ends of the range or none.")
+
+    @property
+    def levels(self) -> int:
+        """Steps of the grid."""
+        return 2**self.bits - 1
+
+    def groups(self, width: int) -> int:
+        """Into how many groups a row of ``width`` values is cut."""
+        return width // GROUP if width and width % GROUP == 0 else 1
+
+
+def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
+    """Float32 numbers in [0, 1), on a grid of 2^-24, a pure function of (key, position).
+
+    A counter-based generator: the position times an odd constant, plus one word of the key, goes through the 32-bit
+    finaliser "lowbias32" (C. Wellons, Prospecting for Hash Functions, 2018), with the other word of the key added halfway, so
+    that two keys do not give shifted copies of one sequence.
+
+    Args:
+        key: int32 [2], from ``torch.ops.wtacrs.stream_key``.
+        shape: of the result; beyond 2^32 numbers they repeat.
+    """
+    rows, width = _matrix(shape, 1)
+    row, column = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (rows, width))
+    z = ((row * width)[:, None] + column).reshape(shape)
+    z = z * _signed(0x9E3779B1) + key[0]
+    z = (z ^ _shift(z, 16)) * _signed(0x7FEB352D) + key[1]
+    z = (z ^ _shift(z, 15)) * _signed(0x846CA68B)
+    z = z ^ _shift(z, 16)
+    return _shift(z, 8).to(torch.float32) * 2.0**-24
+
+
+def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
+    """``x`` in few bits.
+
+    Args:
+        x: floating point, at least one dimension, any strides; computed with in float32. A group with a NaN or an infinity
+            becomes NaN as a whole; other groups are unharmed.
+        key: of :func:`uniform`.
+        form: bits, and the range if it is known.
+
+    Returns:
+        codes, uint8, ``ceil(numel * bits / 8)`` of them; and, unless the range is known, lowest value and step of
+        every group, float32 ``[*shape[:-1], groups]``.
+    """
+    value = x.to(torch.float32)
+    if form.low is not None and form.high is not None:
+        return (_codes((value - form.low) * (form.levels / (form.high - form.low)), key, form),)
+    grouped = value.reshape(*x.shape[:-1], form.groups(x.shape[-1]), -1)
+    low = grouped.amin(-1)
+    step = ((grouped.amax(-1) - low) * (1 / form.levels)).clamp_min(_TINY)
+    return _codes((value - _spread(low, x.shape)) * _spread(step.reciprocal(), x.shape), key, form), low, step
+
+
+def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
+    codes = (scaled + uniform(key, scaled.shape)).floor().clamp(0, form.levels).to(torch.int32)
+    return pack(codes, form.bits)
+
+
+def written_bytes(shape: Sequence[int], form: Format) -> int:
+    """Bytes of what :func:`quantise` returns for a tensor of this shape."""
+    numel = math.prod(shape)
+    scales = 0 if form.low is not None or not numel else 8 * form.groups(shape[-1]) * (numel // shape[-1])
+    return -(-numel * form.bits // 8) + scales
+
+
+def dequantise(written: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, form: Format) -> Tensor:
+    """The tensor that :func:`quantise` has written, of the given shape and type."""
+    codes = unpack(written[0], shape, form.bits)
+    if form.low is not None and form.high is not None:
+        return (codes * ((form.high - form.low) / form.levels) + form.low).to(dtype)
+    _, low, step = written
+    return (codes * _spread(step, shape) + _spread(low, shape)).to(dtype)
+
+
+def _spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
+    """A number per group as a number per element."""
+    groups = scale.shape[-1]
+    return scale[..., None].expand(*scale.shape, shape[-1] // groups).reshape(shape) if groups != 1 else scale
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Several codes to a byte, uint8 of ``ceil(numel * bits / 8)`` elements.
+
+    With n = 8 / bits codes to a byte, the flat tensor is cut into n parts, and a byte holds one code of each: neighbours in
+    memory stay neighbours, which vector loads need. Where it does not come out even, the last codes are zeros.
+
+    Args:
+        codes: bool or integers below ``2^bits``, any shape.
+        bits: 8, 4, 2 or 1.
+    """
+    per_byte = 8 // bits
+    rows, width = _matrix(codes.shape, per_byte)
+    size = (rows + per_byte - 1) // per_byte
+    matrix = codes.reshape(rows, width)
+    if missing := per_byte * size - rows:
+        matrix = torch.constant_pad_nd(matrix, [0, 0, 0, missing])
+    parts = matrix.reshape(per_byte, size, width).to(torch.int32)
+    packed = parts[per_byte - 1]
+    for i in range(per_byte - 2, -1, -1):
+        packed = packed * 2**bits + parts[i]
+    return packed.to(torch.uint8)
+
+
+def unpack(packed: Tensor, shape: Sequence[int], bits: int) -> Tensor:
+    """The codes that :func:`pack` has packed, of the given shape: whole numbers in float32, or bool for 1 bit."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return packed.reshape(shape).to(torch.float32)
+    rows, width = _matrix(shape, per_byte)
+    place = bits * torch.arange(per_byte, device=packed.device)[:, None, None]
+    here = packed & ((2**bits - 1) << place).to(torch.uint8)  # (shifts of bytes are slow on CPU)
+    codes = here != 0 if bits == 1 else here.to(torch.float32) * (1 / (1 << place).to(torch.float32))
+    return codes.reshape(-1, width)[:rows].reshape(shape)
+
+
+def _matrix(shape: Sequence[int], per_byte: int) -> tuple[int, int]:
+    """How a tensor is cut into parts: between rows where they come out even, so that an index along a row stays one."""
+    width = shape[-1] if shape else 1
+    rows = 1
+    for size in shape[:-1]:
+        rows = rows * size
+    return (rows, width) if rows % per_byte == 0 else (rows * width, 1)
+
+
+def _signed(x: int) -> int:
+    return x - 2**32 if x >= 2**31 else x
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical shift of int32 to the right (torch's is arithmetic)."""
+    return (z >> bits) & (2 ** (32 - bits) - 1)
