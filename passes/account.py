@@ -6,8 +6,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from wtacrs_fx.ledger import Compressed, Entry, Ledger
+from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_tensor
-from wtacrs_fx.passes.liveness import buffer_bytes
 from wtacrs_fx.passes.pack import Packed
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounded, Rounding

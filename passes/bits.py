@@ -10,8 +10,8 @@ from torch.fx import Node
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.factors import Shared, is_cheap
+from wtacrs_fx.passes.kernels import buffer_bytes, is_library_call
 from wtacrs_fx.passes.kinds import draws
-from wtacrs_fx.passes.liveness import buffer_bytes, is_library_call
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounding
 from wtacrs_fx.passes.sites import module_of

@@ -12,7 +12,8 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
 from wtacrs_fx.ledger import Part, Prediction
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
-from wtacrs_fx.passes.liveness import Facts, module_timeline
+from wtacrs_fx.passes.kernels import Facts
+from wtacrs_fx.passes.liveness import module_timeline
 from wtacrs_fx.passes.planner import Plan, Planner
 from wtacrs_fx.passes.segments import find_segments
 from wtacrs_fx.passes.sites import primals

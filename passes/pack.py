@@ -83,7 +83,7 @@ def _pack(graph: Graph, mask: Node) -> Node:
         # random numbers that would have to be in memory, 4 bytes each.
         return pack(prims.inductor_force_stride_order(mask, stride).permute(order), 1)
 
-    with graph.inserting_before(graph.output_node()):
+    with graph.inserting_before(mask.next):
         packed = Emitter(graph, mask).inline(function, mask)
     packed.name = f"{mask.name}_packed"
     return packed

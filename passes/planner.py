@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline
+from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tensor
-from wtacrs_fx.passes.liveness import Facts, Timeline, timeline
+from wtacrs_fx.passes.liveness import Timeline, timeline
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import JointOrder
 from wtacrs_fx.passes.segments import Segment, forward_nodes, merge

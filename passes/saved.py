@@ -7,8 +7,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from wtacrs_fx.ledger import Saved
+from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_tensor
-from wtacrs_fx.passes.liveness import buffer_bytes
 from wtacrs_fx.passes.policy import Action, Decision, is_view, view_base
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import is_saved, saved_tensors

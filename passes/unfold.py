@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import flops
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.liveness import buffer_bytes
+from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.policy import view_base
 
 aten = torch.ops.aten

@@ -207,7 +207,7 @@ class Work:
 
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
-        reuse = not self.recomputed if self.config.reuse is None else self.config.reuse
+        reuse = not (self.recomputed or self.roundings) if self.config.reuse is None else self.config.reuse
         return predict(self.best, self.weights, self.device, reuse=reuse)
 
     def _recompute(self, plan: Plan) -> None:

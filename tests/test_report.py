@@ -50,7 +50,7 @@ def test_every_column_is_what_autograd_holds(preset):
     assert output.loss.requires_grad
     assert count.bytes == ledger.saved_bytes_eager
     assert held(model, batch, **options) == ledger.saved_bytes
-    assert held(model, batch, **{**options, "ratio": 1.0}) == ledger.saved_bytes_exact
+    assert held(model, batch, **{**options, "ratio": 1.0, "pack_masks": False}) == ledger.saved_bytes_exact
     for field, total in zip(
         ("bytes_eager", "bytes_exact", "bytes_now"),
         (ledger.saved_bytes_eager, ledger.saved_bytes_exact, ledger.saved_bytes),

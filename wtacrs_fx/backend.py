@@ -55,7 +55,7 @@ class Partitioner(CustomPartitionerFn):
         forward, backward, ledger = partition(gm, joint_inputs, config=self.config, names=self.names, **kwargs)
         if ledger is not None:
             self.publish(ledger)
-        options = ORDERED if ledger is not None and ledger.recomputed else {}
+        options = ORDERED if ledger is not None and ledger.ordered else {}
         self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
         return forward, backward
 

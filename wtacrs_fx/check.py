@@ -120,7 +120,7 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         raise ReportError(f"draws={draws}: expected at least 2, since a standard error is computed.")
     config = Config.from_options(options)
     config = dataclasses.replace(config, seed=0 if config.seed is None else config.seed)
-    exact_backend, backend = Backend(dataclasses.replace(config, ratio=1.0, memory_budget=None)), Backend(config)
+    exact_backend, backend = Backend(config.exact()), Backend(config)
     with torch.random.fork_rng():
         exact, held_exact = _step(torch.compile(model, backend=exact_backend, dynamic=False), model, batch)
         compiled = torch.compile(model, backend=backend, dynamic=False)

@@ -137,6 +137,17 @@ class Config:
         if not isinstance(self.verbose, bool) and self.verbose != 2:
             raise TypeError(f"verbose={self.verbose!r}: expected True, False or 2.")
 
+    def exact(self) -> "Config":
+        """The same with nothing sampled, rounded, packed or planned: what Inductor's own partition holds."""
+        off: dict[str, Any] = {
+            "ratio": 1.0,
+            "attention": False,
+            "memory_budget": None,
+            "round_bits": None,
+            "pack_masks": False,
+        }
+        return dataclasses.replace(self, **off)
+
     @classmethod
     def from_options(cls, options: "Mapping[str, Any] | Config | None" = None) -> "Config":
         """A Config from the ``options=`` dict of ``torch.compile``; unknown keys are refused.

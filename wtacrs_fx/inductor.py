@@ -19,8 +19,9 @@ ORDERED: dict[str, Any] = {
     "allow_buffer_reuse": False,
     "reorder_for_peak_memory": False,
 }
-"""Inductor's options for graphs in which segments are computed again: their plan is for kernels in the order of the graph, and
-dead buffers that Inductor keeps for later ones would be alive while other segments run."""
+"""Inductor's options where segments are computed again or tensors rounded. The plan is for kernels in the order of the graph:
+a tensor is rounded where it is made, and its codes alone are held from there on. And dead buffers that Inductor keeps for
+later ones would be alive while other segments run."""
 
 _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 """Pure functions of ``torch._inductor.sizevars`` that C++ code generation asks again and again."""

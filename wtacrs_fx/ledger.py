@@ -137,6 +137,12 @@ class Ledger:
     """What a report has to say beside its figures."""
     compressed: tuple[Compressed, ...] = ()
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the graphs are to run in their own order, since memory was planned for it: something is computed again, or
+        rounded."""
+        return self.recomputed > 0 or any(c.bits > 1 for c in self.compressed)
+
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
         return sum(e.decision == decision for e in self.entries)
