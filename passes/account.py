@@ -31,7 +31,7 @@ def build_ledger(
     entries = []
     for decision in plan:
         site = decision.site
-        source = view_base(site.activation.source).name
+        source = decision.base.name
         before, after, reason = exact_bytes.get(source, 0), now_bytes.get(source, 0), decision.reason
         if decision.group in first_of:  # bytes are counted once, at the first site
             before = after = 0

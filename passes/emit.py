@@ -65,12 +65,13 @@ def memory_order(value: torch.Tensor) -> list[int]:
 
 
 def fake_mode_of(node: Node) -> FakeTensorMode:
-    """The mode that made the node's fake value.
+    """The mode that made the node's fake value, or values.
 
     Raises:
         ValueError: the graph was traced without fake tensors.
     """
     value = node.meta["val"]
-    if isinstance(value, torch.Tensor) and (mode := getattr(value, "fake_mode", None)) is not None:
-        return mode
+    for tensor in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(tensor, torch.Tensor) and (mode := getattr(tensor, "fake_mode", None)) is not None:
+            return mode
     raise ValueError(f"node {node.name} has no fake value; trace the graph with AOTAutograd or fake tensors.")

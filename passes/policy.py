@@ -21,6 +21,10 @@ MIN_LATE_WIDTH = 128
 2 * width FLOPs an element. Where it saves no bytes either, a product narrower than this on one side (LoRA's) stays exact."""
 
 
+REARRANGED = "wtacrs_rearranged"
+"""Key in ``meta`` of a tensor that holds the numbers of another one in another order; the value is that node."""
+
+
 class Action(Enum):
     """What happens at a site."""
 
@@ -46,8 +50,9 @@ class Decision:
 
     @property
     def base(self) -> Node:
-        """The tensor that the input is a view of."""
-        return view_base(self.site.activation.source)
+        """The tensor that the input is a view of, or that it holds the numbers of in another order."""
+        base = view_base(self.site.activation.source)
+        return view_base(base.meta.get(REARRANGED, base))
 
     def to(self, action: Action, reason: str) -> "Decision":
         return replace(self, action=action, reason=reason, k=0 if action is Action.EXACT else self.k)

@@ -15,6 +15,7 @@ from wtacrs_fx.passes.account import build_ledger, fused_entry, packed_entries, 
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, worthwhile
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
 from wtacrs_fx.passes.collapse import collapse
+from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_partition
@@ -78,6 +79,8 @@ class Work:
         protect_draws(joint.graph)
         exact = cut(copy_joint(joint)[0], num_fwd_outputs)
         users = take_user_regions(joint.graph)
+        with watch("split_convolutions", joint.graph, config.verbose):
+            split_convolutions(joint.graph, config)
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
         if config.round_bits is not None:

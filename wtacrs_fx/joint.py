@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 import wtacrs_fx.ops  # noqa: F401  (registers select_rows and draw_seed)
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.account import build_ledger
+from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.kinds import Kind, classify, is_tangent
 from wtacrs_fx.passes.policy import decide, needed_whole, settle, view_base
@@ -60,6 +61,8 @@ def rewrite_joint(
     for module in (result, exact):
         _fill_shapes(module, example_inputs)
     graph = result.graph
+    with watch("split_convolutions", graph, config.verbose):
+        split_convolutions(graph, config)
     begin = _begin(graph, tangents)
     grads = match_gradients(graph, classify(graph, (), begin))
     weights = [*grads.values()]
