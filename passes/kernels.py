@@ -90,6 +90,12 @@ def buffer_bytes(node: Node) -> int:
 def find_kernels(
     nodes: Sequence[Node], given: Collection[Node], returned: Collection[Node], facts: Facts
 ) -> list[Kernel]:
+    """The kernels of a graph in the order in which they run, each with one result.
+
+    Args:
+        nodes, given, returned: as for :func:`wtacrs_fx.passes.liveness.timeline`.
+        facts: about the graph's nodes.
+    """
     calls = _in_lowering_order([n for n in nodes if facts.base(n) is n])
     epoch, count, many = {}, 0, inductor_config.realize_reads_threshold
     users: dict[Node, list[Node]] = {}
@@ -130,9 +136,8 @@ def find_kernels(
 
 
 def fuse(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
-    """Kernels that run as one: neighbours that are no library calls. None of their outputs counts as taking the memory of
-    an input: where Inductor does that, it keeps other dead buffers for reuse up to the peak that it estimates without, and
-    without reuse it fuses with more than neighbours, which keeps about as much alive."""
+    """Kernels that run as one: neighbours that are no library calls. (With :class:`wtacrs_fx.order.GraphOrder`; else Inductor
+    may fuse across library calls too.)"""
     groups: list[list[Kernel]] = []
     for kernel in kernels:
         if groups and not kernel.library and not groups[-1][-1].library:

@@ -31,7 +31,7 @@ class Timeline:
         """Peak of what is not a gradient of a parameter."""
         return max((a - b for a, b in zip(self.live, self.resident)), default=0)
 
-    def seconds(self, roofline: Roofline, facts: "Facts") -> float:
+    def seconds(self, roofline: Roofline, facts: Facts) -> float:
         """Predicted run time."""
         return sum(facts.seconds(k, roofline) for k in self.kernels)
 

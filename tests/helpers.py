@@ -102,6 +102,17 @@ def gradients(model: nn.Module, *args: Any, call: Callable[..., Tensor] | None =
     return result
 
 
+class Experts(nn.Module):
+    """One weight per expert: a batched product, not a matrix one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 16, 16) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(torch.cos(x) @ self.w).sum()
+
+
 class Moments:
     """Mean of repeated gradients and its standard error, per element, in float64."""
 

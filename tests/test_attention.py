@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
@@ -9,7 +10,7 @@ import wtacrs_fx
 from wtacrs_fx import WtacrsWarning
 from wtacrs_fx.benchmarks import measure
 
-from helpers import SMALL, Block, Moments, Recorder, Transformer, calls, gradients, transformer_batch
+from helpers import SMALL, Block, Experts, Moments, Recorder, Transformer, calls, gradients, transformer_batch
 
 aten, wtacrs = torch.ops.aten, torch.ops.wtacrs
 HEADS, LENGTH, WIDTH = 4, 24, 16
@@ -205,15 +206,6 @@ class TestLeftAlone:
 
     def test_experts_are_no_attention(self):
         """A batched weight gradient ends in a parameter: it stays exact with attention=True too."""
-
-        class Experts(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.w = nn.Parameter(torch.randn(4, 16, 16) * 0.3)
-
-            def forward(self, x: Tensor) -> Tensor:
-                return torch.sin(torch.cos(x) @ self.w).sum()
-
         with pytest.warns(WtacrsWarning, match="no weight-gradient product"):
             recorder, _ = compiled_gradients(Experts(), torch.randn(4, 32, 16))
         assert recorder.ledger.entries == ()
@@ -255,7 +247,6 @@ class TestEager:
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_where_it_fires_in_hugging_face_models(family):
     """Written-out attention: BERT with attn_implementation="eager", and T5."""
-    transformers = pytest.importorskip("transformers")
     if family == "bert":
         config = transformers.BertConfig(
             hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, vocab_size=100

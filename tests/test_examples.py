@@ -4,8 +4,6 @@ import re
 import runpy
 from pathlib import Path
 
-import pytest
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -22,7 +20,6 @@ def test_all_are_tested():
 
 
 def test_backend_on_a_hugging_face_model(capsys):
-    pytest.importorskip("transformers")
     run("backend_huggingface.py", "eager")
     printed = capsys.readouterr().out
     assert re.search(r"sites: \d+ early, \d+ late, 2 exact", printed), "pooler and classifier see one row an example"

@@ -1,9 +1,13 @@
 """Kernels of planned graphs run where the graph has them."""
 
+import runpy
+
 import pytest
 import torch
+from torch._inductor import custom_graph_pass
 
 import wtacrs_fx
+from wtacrs_fx import order
 from wtacrs_fx.order import GraphOrder
 
 from helpers import Transformer, gradients, transformer_batch
@@ -54,6 +58,14 @@ def test_dependencies():
     }
     assert scheduler.ancestors == 1  # what Inductor's fusion looks at
     assert GraphOrder()([]) == []
+
+
+def test_before_torch_has_a_class_for_it(monkeypatch):
+    """Older versions take the identity of such a pass from the class for FX passes."""
+    monkeypatch.delattr(custom_graph_pass, "CustomSchedulerPass", raising=False)
+    module = runpy.run_path(order.__file__)
+    assert issubclass(module["GraphOrder"], custom_graph_pass.CustomGraphPass)
+    assert module["GraphOrder"]().uuid() == GraphOrder().uuid()
 
 
 @pytest.mark.slow

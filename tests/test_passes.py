@@ -14,7 +14,7 @@ from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.policy import Action, hint, ratio_fraction, rows_kept
 from wtacrs_fx.passes.sites import clean_module_path, find_sites, gradient_outputs
 
-from helpers import Block, Recorder, Transformer, calls, gradients, transformer_batch
+from helpers import Block, Experts, Recorder, Transformer, calls, gradients, transformer_batch
 
 aten, wtacrs = torch.ops.aten, torch.ops.wtacrs
 
@@ -136,15 +136,6 @@ class TestSites:
 
     def test_batched_weights_stay_exact(self):
         """One weight per expert: a batched product, not a matrix one."""
-
-        class Experts(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.w = nn.Parameter(torch.randn(4, 16, 16) * 0.3)
-
-            def forward(self, x: Tensor) -> Tensor:
-                return torch.sin(torch.cos(x) @ self.w).sum()
-
         with pytest.warns(WtacrsWarning, match="no weight-gradient product"):
             recorder, exact, sampled = record(Experts(), torch.randn(4, 32, 16))
         assert recorder.ledger.entries == ()

@@ -7,10 +7,12 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from test_writings import OUT, ROWS, WIDTH, WRITINGS, build
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.pytorch_utils import Conv1D
 
 import wtacrs_fx
 from wtacrs_fx import WtacrsWarning
@@ -128,7 +130,7 @@ def test_every_product(function, new, count):
 
 
 def test_conv1d_of_hugging_face():
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    conv1d = Conv1D
     model, x = nn.Sequential(nn.Tanh(), conv1d(OUT, WIDTH)), torch.randn(4, ROWS // 4, WIDTH)
 
     class Leaf(torch.fx.Tracer):
@@ -432,7 +434,6 @@ class TestHeld:
         assert torch.equal(exact["2.weight"], sampled["2.weight"])
 
     def test_bert_encoder(self):
-        transformers = pytest.importorskip("transformers")
         config = transformers.BertConfig(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, vocab_size=100
         )

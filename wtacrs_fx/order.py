@@ -1,14 +1,15 @@
 """Let Inductor run the kernels of a planned graph where the graph has them."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
-from torch._inductor.custom_graph_pass import CustomSchedulerPass
+from torch._inductor import custom_graph_pass
 from torch._inductor.dependencies import WeakDep
 
+SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", custom_graph_pass.CustomGraphPass)
+"""What Inductor's cache takes the identity of a pass from; before torch 2.13 it is the class for passes on FX graphs."""
 
-class GraphOrder(CustomSchedulerPass):
+
+class GraphOrder(SchedulerPass):
     """Runs before Inductor fuses: every kernel waits for the library call (matrix product, fused attention) in front of it,
     and every library call for the kernels in front of it. Kernels between two library calls are fused as ever.
 
@@ -35,6 +36,6 @@ class GraphOrder(CustomSchedulerPass):
             nodes[0].scheduler.compute_ancestors()
         return nodes
 
-    def uuid(self) -> str:
+    def uuid(self) -> bytes:
         """Identity for Inductor's caches: this source."""
-        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        return custom_graph_pass.get_hash_for_files((__file__,))
