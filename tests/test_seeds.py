@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor import sizevars
+from torch._inductor.codegen import common
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import wtacrs_fx
-from wtacrs_fx.inductor import wide_caches
+from wtacrs_fx.inductor import known_results
 from wtacrs_fx.passes.seeds import split_seeds
 
 from helpers import calls, gradients
@@ -95,17 +96,20 @@ def test_masks_are_those_of_inductor():
         torch.testing.assert_close(found[1][f"layers.{i}.bias"], found[0][f"layers.{i}.bias"])
 
 
-def test_wide_caches():
+def test_known_results():
     x = torch._inductor.utils.sympy_index_symbol("x0")
     function = sizevars.stride_at_vec_range
-    with wide_caches():
+    with known_results():
         assert sizevars.stride_at_vec_range.cache_info().maxsize is None
         assert sizevars.stride_at_vec_range(3 * x + 1, x, 16) == function(3 * x + 1, x, 16) == 3
+        assert common.DtypePropagationOpsHandler() is common.DtypePropagationOpsHandler()
+        assert common.DtypePropagationOpsHandler.cache_info().misses == 1
     assert sizevars.stride_at_vec_range is function
+    assert isinstance(common.DtypePropagationOpsHandler, type)
 
 
-def test_wide_caches_end_with_an_error():
+def test_known_results_end_with_an_error():
     function = sizevars.stride_at_vec_range
-    with contextlib.suppress(KeyError), wide_caches():
+    with contextlib.suppress(KeyError), known_results():
         raise KeyError
     assert sizevars.stride_at_vec_range is function

@@ -18,10 +18,12 @@ ORDERED: dict[str, Any] = {
     "_pre_fusion_custom_pass": GraphOrder(),
     "allow_buffer_reuse": False,
     "reorder_for_peak_memory": False,
+    "max_fusion_buffer_group_pairwise_attempts": 16,
 }
 """Inductor's options where segments are computed again or tensors rounded. The plan is for kernels in the order of the graph:
 a tensor is rounded where it is made, and its codes alone are held from there on. And dead buffers that Inductor keeps for
-later ones would be alive while other segments run."""
+later ones would be alive while other segments run. Kernels that may be fused lie between the same two library calls, so
+that few pairs of readers of a tensor have to be tried."""
 
 _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 """Pure functions of ``torch._inductor.sizevars`` that C++ code generation asks again and again."""
@@ -40,7 +42,7 @@ def compile_inductor(
 
     def with_inductor(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Of the forward or the backward, once the partitioner has run."""
-        with torch._inductor.config.patch(partition_fn.inductor), wide_caches():
+        with torch._inductor.config.patch(partition_fn.inductor), known_results():
             return compile_fx_inner(graph, inputs, **kwargs)
 
     # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
@@ -51,21 +53,23 @@ def compile_inductor(
 
 
 @contextlib.contextmanager
-def wide_caches() -> Iterator[None]:
-    """Let Inductor remember all index expressions of a graph that it has simplified.
+def known_results() -> Iterator[None]:
+    """Let Inductor remember what it has computed. Results are the same; nothing is changed where torch has no such functions.
 
-    Its caches hold 128. A backward that also recomputes and gathers has more distinct ones per layer, so that every layer
-    would be simplified afresh by sympy, which was half of the time of code generation. Results are the same. Nothing is
-    changed where torch has no such functions.
+    Its caches of simplified index expressions hold 128. A backward that also recomputes and gathers has more distinct ones
+    per layer, so that every layer would be simplified afresh by sympy, which was half of the time of code generation. And
+    its one object that knows the types of results fills its table of rules again for every operation of every kernel.
     """
     from torch._inductor import sizevars
-    from torch._inductor.codegen import cpp
+    from torch._inductor.codegen import common, cpp
 
     narrow: dict[str, Any] = {name: getattr(sizevars, name, None) for name in _MEMOISED}
     wide = {name: functools.cache(f.__wrapped__) for name, f in narrow.items() if hasattr(f, "__wrapped__")}
     with contextlib.ExitStack() as stack:
         for module in (sizevars, cpp):
             stack.enter_context(replaced(module, {n: f for n, f in wide.items() if hasattr(module, n)}))
+        types = getattr(common, "DtypePropagationOpsHandler", None)
+        stack.enter_context(replaced(common, {types.__name__: functools.cache(types)} if types else {}))
         yield
 
 
