@@ -28,16 +28,23 @@ _NARROW = {
     "num_key_value_heads": 3,
     "num_hidden_layers": 4,
 }
-_OPT = {"hidden_size": 768, "ffn_dim": 3072, "num_attention_heads": 12, "word_embed_proj_dim": 768, "num_hidden_layers": 4}
+_OPT = {
+    "hidden_size": 768,
+    "ffn_dim": 3072,
+    "num_attention_heads": 12,
+    "word_embed_proj_dim": 768,
+    "num_hidden_layers": 4,
+}
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 0}
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "bert": ("bert-base", {"num_hidden_layers": 4}),
-    "gpt2": ("gpt2", {"n_layer": 4, "bos_token_id": 0, "eos_token_id": 0}),
+    "gpt2": ("gpt2", {"n_layer": 4, **_TOKENS}),
     "t5": ("t5-base", {"num_layers": 2, "num_decoder_layers": 2}),
     "llama": ("llama-3.2-1b", _NARROW),
     "opt": ("opt-1.3b", _OPT),
     "qwen2": ("qwen2.5-7b", _NARROW),
     "vit": ("vit-base", {"num_hidden_layers": 4}),
-    "whisper": ("whisper-small", {"encoder_layers": 2, "decoder_layers": 2, "max_source_positions": 200}),
+    "whisper": ("whisper-small", {"encoder_layers": 2, "decoder_layers": 2, "max_source_positions": 200, **_TOKENS}),
 }
 """Preset, and what makes it four layers of hidden size 768."""
 
