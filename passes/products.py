@@ -116,16 +116,16 @@ def _as_written(node: Node, gm: GraphModule) -> Product | None:
 def _of_module(node: Node, module: nn.Module) -> Product | None:
     """A called nn.Linear or Hugging Face's Conv1D. Exactly these: a subclass may do anything."""
     path, kind = str(node.target), type(module)
+    input, weight = _argument(node, 0, ("input", "x")), f"{path}.weight"
     if is_quantised(module):
-        return Product(node, node.args[0], f"{path}.weight", None, True, module=path, reason="weight is quantised")
+        return Product(node, input, weight, None, transposed=True, module=path, reason="weight is quantised")
     is_conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
     if kind is not nn.Linear and not is_conv1d:
         return None
-    input = _argument(node, 0, ("input", "x"))
     bias = f"{path}.bias" if module.bias is not None else None
     hooks = any(getattr(module, f"_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))
     reason = "module has hooks" if hooks else REPLACED if "forward" in vars(module) else ""
-    return Product(node, input, f"{path}.weight", bias, transposed=kind is nn.Linear, module=path, reason=reason)
+    return Product(node, input, weight, bias, transposed=kind is nn.Linear, module=path, reason=reason)
 
 
 def is_quantised(module: nn.Module) -> bool:
