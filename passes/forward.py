@@ -29,7 +29,7 @@ from wtacrs_fx.passes.products import Product, behind_transposes, is_t_attribute
 aten, wtacrs = torch.ops.aten, torch.ops.wtacrs
 
 SAMPLERS = "wtacrs"
-"""Name of the submodule that holds the samplers of a rewritten graph."""
+"""Name of the submodule that holds the samplers of a rewritten graph; with underscores where the model has that name."""
 
 
 @dataclass
@@ -64,7 +64,10 @@ class _Rewriter:
         self.draws: dict[tuple, tuple[Node, tuple[Node, Node]]] = {}
         self.called: dict[tuple[Node, bool], Node] = {}
         self.samplers = nn.ModuleList()
-        gm.add_module(SAMPLERS, self.samplers)
+        self.path = SAMPLERS
+        while hasattr(gm, self.path):
+            self.path += "_"
+        gm.add_module(self.path, self.samplers)
 
     def rewrite(self, product: Product) -> None:
         """Change one product where it stands; its operands' samplers are called before it, or were at an earlier product."""
@@ -80,9 +83,18 @@ class _Rewriter:
             elif bias is None:
                 self._become(node, wtacrs.matmul.default, product.left, right, *draws[0], *draws[1])
             else:
-                scaled = bias if product.beta == 1 else self.graph.call_function(torch.mul, (bias, product.beta))
                 new = self.graph.call_function(wtacrs.matmul.default, (product.left, right, *draws[0], *draws[1]))
-                self._become(node, torch.add, scaled, new, alpha=product.alpha)
+                self._add(node, product, bias, new)
+
+    def _add(self, node: Node, product: Product, bias: Node, new: Node) -> None:
+        """``beta * bias + alpha * new``, as ``addmm`` has it: with beta = 0 the bias is not read (it may be uninitialised),
+        and under autocast it is cast to the product's type."""
+        if product.beta == 0:
+            self._become(node, torch.mul, new, product.alpha)
+            return
+        bias = self.graph.call_method("type_as", (bias, new))
+        scaled = bias if product.beta == 1 else self.graph.call_function(torch.mul, (bias, product.beta))
+        self._become(node, torch.add, scaled, new, alpha=product.alpha)
 
     def _transposed(self, matrix: Node) -> Node:
         """Undo a transpose where there is one."""
@@ -105,7 +117,7 @@ class _Rewriter:
                 call.args = (*call.args, available)
                 self.called[product.node, columns] = call
                 return both
-        name = f"{SAMPLERS}.{len(self.samplers)}"
+        name = f"{self.path}.{len(self.samplers)}"
         self.samplers.append(RowSampler(self.config, columns).train(self.gm.training))
         weight = partner if isinstance(partner, Node) else self.graph.get_attr(partner)
         call = self.graph.call_module(name, (operand, weight))

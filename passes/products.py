@@ -17,6 +17,7 @@ from wtacrs_fx.passes.sites import TRANSPOSES, site_name
 aten = torch.ops.aten
 
 FROZEN = "weight needs no gradient"
+REPLACED = "the module's forward was replaced"
 
 _LINEAR = (nn.functional.linear, aten.linear.default)
 _ADDED = (torch.addmm, torch.baddbmm, aten.addmm.default, aten.baddbmm.default, "addmm", "baddbmm")
@@ -115,14 +116,21 @@ def _as_written(node: Node, gm: GraphModule) -> Product | None:
 def _of_module(node: Node, module: nn.Module) -> Product | None:
     """A called nn.Linear or Hugging Face's Conv1D. Exactly these: a subclass may do anything."""
     path, kind = str(node.target), type(module)
+    input, weight = _argument(node, 0, ("input", "x")), f"{path}.weight"
+    if is_quantised(module):
+        return Product(node, input, weight, None, transposed=True, module=path, reason="weight is quantised")
     is_conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
     if kind is not nn.Linear and not is_conv1d:
         return None
-    input = _argument(node, 0, ("input", "x"))
     bias = f"{path}.bias" if module.bias is not None else None
     hooks = any(getattr(module, f"_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))
-    reason = "module has hooks" if hooks else ""
-    return Product(node, input, f"{path}.weight", bias, transposed=kind is nn.Linear, module=path, reason=reason)
+    reason = "module has hooks" if hooks else REPLACED if "forward" in vars(module) else ""
+    return Product(node, input, weight, bias, transposed=kind is nn.Linear, module=path, reason=reason)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own quantised linear layers, whose weight is no tensor."""
+    return type(module).__module__.startswith("torch.ao.nn.quantized") and type(module).__name__ == "Linear"
 
 
 def _argument(node: Node, index: int, names: Iterable[str]) -> Any:

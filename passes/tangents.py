@@ -20,32 +20,50 @@ aten = torch.ops.aten
 
 
 def find_tangents(graph: Graph) -> list[Node]:
-    """Nodes with which the backward begins: ``ones_like`` of a value with one element, the implicit gradient of a loss."""
+    """Nodes with which the backward begins: ``ones_like`` of a value with one element, the implicit gradient of a loss.
+
+    One that another of them depends on is left out: it belongs to the forward of that one, as such a constant in a model
+    does, or an inner gradient (a gradient penalty), which a loss need not be linear in.
+    """
     ones = [*graph.find_nodes(op="call_function", target=aten.ones_like.default)]
     ones += [n for n in graph.find_nodes(op="call_function", target=aten.full_like.default) if n.args[1] == 1]
-    return [n for n in ones if is_tensor(n) and n.meta["val"].numel() == 1]
+    found = [n for n in ones if is_tensor(n) and n.meta["val"].numel() == 1]
+    inner = {n for one in found for n in _ancestors(one)}
+    return [n for n in found if n not in inner]
+
+
+def _ancestors(node: Node) -> set[Node]:
+    """All nodes that a node depends on."""
+    stack, seen = [*node.all_input_nodes], set[Node]()
+    while stack:
+        if (current := stack.pop()) not in seen:
+            seen.add(current)
+            stack += current.all_input_nodes
+    return seen
 
 
 def match_gradients(graph: Graph, kinds: Mapping[Node, Kind]) -> dict[Node, Node]:
     """Output of the gradient kind -> the placeholder or attribute whose gradient it is.
 
-    The gradient ``G^T H`` of a weight is known by H, which the forward multiplies by that weight. The others (biases, norms)
-    go by shape and type, in order. An input of equal shape may be taken for a parameter, and products with it stay exact.
+    The gradient ``G^T H`` of a weight is known by H, which the forward multiplies by that weight; where there are several
+    losses, so are all of its gradients. The others (biases, norms) go by shape and type, in order. An input of equal shape
+    may be taken for a parameter, and products with it stay exact.
 
     Args: kinds, with every placeholder an activation.
     """
     outputs = [v for v in tree_leaves(graph.output_node().args) if isinstance(v, Node)]
     gradients = [v for v in dict.fromkeys(outputs) if kinds[v] is Kind.GRADIENT and is_tensor(v)]
-    left = [
+    inputs = [
         n for n in graph.nodes if n.op in ("placeholder", "get_attr") and is_tensor(n) and kinds[n] is not Kind.GRADIENT
     ]
+    left = dict.fromkeys(inputs)
     found: dict[Node, Node] = {}
-    for choose in (lambda g: _factors(g, kinds), lambda g: left):
+    for choose in (lambda g: _factors(g, kinds), lambda g: [*left]):
         for gradient in gradients:
-            same = [n for n in choose(gradient) if n in left and _form(n) == _form(gradient)]
+            same = [n for n in choose(gradient) if n in inputs and _form(n) == _form(gradient)]
             if gradient not in found and same:
-                found[gradient] = same[0]
-                left.remove(same[0])
+                found[gradient] = next((n for n in same if n in left), same[0])
+                left.pop(found[gradient], None)
     return found
 
 
@@ -67,7 +85,8 @@ def _factors(gradient: Node, kinds: Mapping[Node, Kind]) -> Sequence[Node]:
     if product.target not in CONTRACTIONS:
         return []
     sources = {view_base(n) for n in product.all_input_nodes if kinds[n] is not Kind.GRADIENT}
-    return [behind_transposes(o) for s in sources for p in _forward_products(s, kinds) for o in p.all_input_nodes]
+    found = [(s, behind_transposes(o)) for s in sources for p in _forward_products(s, kinds) for o in p.all_input_nodes]
+    return [other for source, other in found if other is not source]
 
 
 def _forward_products(source: Node, kinds: Mapping[Node, Kind]) -> Collection[Node]:

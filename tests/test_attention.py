@@ -151,6 +151,29 @@ def test_dynamic_shapes():
     assert recorder.ledger.count("early") >= 3
 
 
+@pytest.mark.parametrize("late", ["sample", "exact"])
+def test_unbiased_with_rounding(late):
+    """Rows of the products, and every pointwise operand in 8 bits: the noise of both has mean zero, upstream too."""
+    torch.manual_seed(0)
+    model, x = Block(32, heads=2), transformer_batch(4, 12, 32)[0]
+    exact = gradients(model, x, call=lambda x: torch.sin(model(x)).square().sum())
+    backend = wtacrs_fx.Backend(
+        attention=True, ratio=0.6, estimator="systematic", round_bits=8, late=late, inner="eager", **SMALL
+    )
+    compiled = torch.compile(model, backend=backend)
+    moments = Moments()
+    for _ in range(200):
+        moments.add(gradients(model, x, call=lambda x: torch.sin(compiled(x)).square().sum()))
+    sampled = [e for e in backend.ledger.entries if e.op == "aten.bmm.default" and e.decision == "early"]
+    assert len(sampled) >= 2, backend.ledger.table()
+    assert any(line.bits == 8 for line in backend.ledger.compressed), backend.ledger.table()
+    assert moments.standard_error("ln1.weight").max() > 0
+    for name, value in exact.items():
+        if value.abs().max() > 1e-5:
+            z = moments.z(name, value)
+            assert z.square().mean().sqrt() < 1.5, f"{name}: rms {z.square().mean().sqrt():.2f}"
+
+
 class Shared(nn.Module):
     """Two products in a chain read one tensor: with one draw for both, an estimate would be multiplied by itself."""
 

@@ -188,6 +188,54 @@ class TestGradientSide:
         (tangent,) = find_tangents(gm.graph)
         assert tangent.meta["val"].shape == ()
 
+    def test_a_constant_of_the_forward_like_a_loss_is_no_gradient(self):
+        def step(w, x):
+            loss = torch.sin((torch.cos(x) * torch.ones_like(x.sum())) @ w).sum()
+            return torch.autograd.grad(loss, (w,))
+
+        gm = self.graph(step, torch.randn(16, 16, requires_grad=True), torch.randn(64, 16))
+        assert len(gm.graph.find_nodes(op="call_function", target=aten.ones_like.default)) == 2
+        assert len(find_tangents(gm.graph)) == 1
+        assert rewritten(gm).meta["wtacrs_ledger"].count("early") == 1
+
+    def test_a_gradient_penalty_begins_at_the_outer_loss(self):
+        """The penalty is not linear in the inner gradient, which is exact; the outer one has the right mean."""
+
+        def step(u, w, x):
+            loss = torch.sin(torch.cos(x @ u) @ w).square().mean()
+            inner = torch.autograd.grad(loss, (u, w), create_graph=True)
+            penalty = sum(g.square().sum() for g in inner)
+            return inner[0], *torch.autograd.grad(loss + penalty, (u, w))
+
+        args = *((torch.randn(128, 128) * 0.1).requires_grad_() for _ in range(2)), torch.randn(256, 128)
+        gm = self.graph(step, *args)
+        sampled = rewritten(gm, ratio=0.4, estimator="systematic")
+        assert sampled.meta["wtacrs_ledger"].count("exact") < len(sampled.meta["wtacrs_ledger"].entries)
+        exact, moments = gm(*args), Moments()
+        for _ in range(100):
+            moments.add(dict(zip("iuw", sampled(*args))))
+        assert moments.standard_error("i").max() < 1e-7
+        assert max(float(moments.standard_error(k).max() / exact[1].abs().max()) for k in "uw") > 1e-3
+        for key, value in zip("uw", exact[1:]):
+            assert moments.z(key, value).square().mean().sqrt() < 1.5, key
+
+    def test_every_gradient_of_several_losses(self):
+        def step(u, w, x):
+            z = torch.sin(torch.cos(x @ u) @ w)
+            return *torch.autograd.grad(z.sum(), (u, w), retain_graph=True), *torch.autograd.grad(
+                z.square().sum(), (u, w)
+            )
+
+        args = *(torch.randn(8, 8, requires_grad=True) for _ in range(2)), torch.randn(64, 8)
+        gm = self.graph(step, *args)
+        ledger = rewritten(gm, ratio=0.5).meta["wtacrs_ledger"]
+        assert [e.module for e in ledger.entries] in (["w_1", "u_1"] * 2, ["w_1", "u_1", "w_1", "u_1"][::-1]), (
+            ledger.table()
+        )
+        assert ledger.count("early") == 4
+        for a, b in zip(gm(*args), rewritten(gm, ratio=0.9999)(*args)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
     def test_an_input_gradient_stays_exact(self):
         def step(z, x, w):
             loss = torch.sin(torch.cos(z * x) @ w).sum()
@@ -240,6 +288,10 @@ class TestNothingToDo:
         gm = make_fx(step)(torch.randn(16, 16, requires_grad=True), torch.randn(64, 16))
         with pytest.raises(ValueError, match=r"changes an activation in place.*functionalize"):
             rewritten(gm)
+        args = torch.randn(16, 16), torch.randn(64, 16)
+        functional = make_fx(torch.func.functionalize(gm))(*args)
+        (sampled,) = rewritten(functional, ratio=0.9999)(*args)
+        torch.testing.assert_close(sampled, gm(*args)[0], rtol=1e-5, atol=1e-5)
 
 
 class TestPartitioner:

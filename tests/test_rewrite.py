@@ -12,6 +12,7 @@ from test_writings import OUT, ROWS, WIDTH, WRITINGS, build
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 import wtacrs_fx
@@ -30,10 +31,8 @@ TRACERS = {
     "make_fx": lambda model, *args: make_fx(model)(*args),
     "export": lambda model, *args: torch.export.export(model, args).module(),
 }
-UNTRACED = {"symbolic_trace": ("einsum", "einsum_heads", "conv1d"), "export": ("einsum", "einsum_heads"), "make_fx": ()}
-"""einsum stays one call but with make_fx; the Conv1D of the tests unpacks a shape, which symbolic_trace cannot."""
-
-CASES = [(t, w) for t in TRACERS for w in WRITINGS if w not in UNTRACED[t]]
+CASES = [(t, w) for t in TRACERS for w in WRITINGS if (t, w) != ("symbolic_trace", "conv1d")]
+"""The Conv1D of the tests unpacks a shape, which symbolic_trace cannot."""
 
 
 BACKENDS = ["eager", "aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -63,7 +62,7 @@ def test_quartet(tracer, name):
     if name == "tied":
         sites -= 1  # sigmoid saves its output, which is the input of the second
     assert len(products(gm)) == sites == gm.meta["wtacrs_ledger"].count("early")
-    old = ("linear", "addmm", "mm.", "bmm", "matmul", "operator.matmul")
+    old = ("linear", "addmm", "mm.", "bmm", "matmul", "operator.matmul", "einsum")
     for node in gm.graph.nodes:
         frozen = node.meta.get("wtacrs", {}).get("reason") == "weight needs no gradient"  # the base of LoRA
         saved = node.meta.get("wtacrs", {}).get("reason") == "input saved by another op anyway"
@@ -103,6 +102,7 @@ def test_unbiased(name):
         (lambda x, w, b: torch.addmm(b, x, w), wtacrs.linear.default, 1),
         (lambda x, w, b: torch.addmm(b, x, w, beta=0.5, alpha=2), wtacrs.matmul.default, 1),
         (lambda x, w, b: b.addmm(x, w, alpha=2), wtacrs.matmul.default, 1),
+        (lambda x, w, b: torch.addmm(b.detach() * torch.nan, x, w, beta=0, alpha=2), wtacrs.matmul.default, 1),
         (lambda x, w, b: torch.mm(x, w), wtacrs.matmul.default, 1),
         (lambda x, w, b: x.mm(mat2=w), wtacrs.matmul.default, 1),
         (lambda x, w, b: torch.baddbmm(b, x.view(4, 10, -1), w.expand(4, -1, -1)), wtacrs.matmul.default, 1),
@@ -127,6 +127,82 @@ def test_every_product(function, new, count):
     torch.testing.assert_close(gm(x), model(x))
     for key, value in parameters_of(model, gm, x).items():
         torch.testing.assert_close(value, exact[key], rtol=1e-5, atol=1e-5)
+
+
+EINSUMS = {
+    "btd,dhe->bthe": ((4, 10, WIDTH), (WIDTH, 2, 3)),
+    "bthe,hed->tbd": ((4, 10, 2, 3), (2, 3, 8)),
+    "do,...d->...o": ((WIDTH, 6), (4, 10, WIDTH)),
+    "bdt,od->bot": ((4, WIDTH, 10), (6, WIDTH)),
+    "b...d,hed->bh...e": ((4, 2, 5, WIDTH), (2, 3, WIDTH)),
+    "btd,d->bt": ((4, 10, WIDTH), (WIDTH,)),
+}
+
+
+class Einsum(nn.Module):
+    def __init__(self, equation: str, shape: tuple[int, ...], weight_first: bool = False) -> None:
+        super().__init__()
+        self.equation, self.weight_first = equation, weight_first
+        self.w = nn.Parameter(torch.randn(shape) * 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        operands = (self.w, x) if self.weight_first else (x, self.w)
+        return torch.cos(torch.einsum(self.equation, *operands)).sum()
+
+
+class TestEinsum:
+    @pytest.mark.parametrize("tracer", ["symbolic_trace", "export"])
+    @pytest.mark.parametrize("equation", EINSUMS)
+    def test_quartet(self, tracer, equation):
+        shapes = EINSUMS[equation]
+        weight_first = equation.startswith("do")
+        model, x = Einsum(equation, shapes[not weight_first], weight_first), torch.randn(shapes[weight_first])
+        exact, traced = gradients(model, x), TRACERS[tracer](model, x)
+        gm = rewritten(traced, ratio=0.9999)
+        assert calls(gm, wtacrs.matmul.default) == 1
+        assert not [n for n in gm.graph.nodes if "einsum" in str(n.target) and len(n.all_input_nodes) == 2]
+        torch.testing.assert_close(gm(x), model(x))
+        torch.testing.assert_close(parameters_of(model, gm, x), exact, rtol=1e-5, atol=1e-5)
+        sampled = parameters_of(model, rewritten(traced, x, ratio=0.5), x)
+        assert not torch.allclose(sampled["w"], exact["w"], rtol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("equation", "shape", "weight", "options"),
+        [
+            ("ebd,edo->ebo", (4, 40, 8), (4, 8, 3), {}),  # a batch of weights
+            ("btd,do->bo", (4, 10, 8), (8, 3), {}),  # also summed over t alone
+            ("bdd,do->bo", (40, 8, 8), (8, 3), {}),
+            ("btd,do", (4, 10, 8), (8, 3), {}),
+            ("btd,do->bto", (4, 10, 8), (8, 3), {"exclude": "*"}),
+        ],
+    )
+    def test_left_as_it_is(self, equation, shape, weight, options):
+        model, x = Einsum(equation, weight), torch.randn(shape)
+        traced = symbolic_trace(model)
+        with pytest.warns(WtacrsWarning, match="no weight-gradient product|nothing is sampled"):
+            gm = rewritten(traced, **options)
+        assert str(gm.graph) == str(traced.graph)
+        assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x, w, b: torch.addmm(b, x, w, alpha=2), lambda x, w, b: b.addmm(x, w, beta=3)]
+)
+def test_a_scaled_product_under_autocast_has_its_type(function):
+    w, b, x = (nn.Parameter(torch.randn(s)) for s in ((8, 6), (6,), (40, 8)))
+    gm = rewritten(symbolic_trace(function), dict(x=x.detach(), w=w, b=b), ratio=0.9999)
+    assert len(products(gm)) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        exact, got = (call(x.detach(), w, b) for call in (function, gm))
+    assert got.dtype is exact.dtype is torch.bfloat16
+    torch.testing.assert_close(got, exact, rtol=0.02, atol=0.1)
+
+
+def test_no_features():
+    gm = rewritten(symbolic_trace(nn.Linear(0, 8)), ratio=0.5)
+    gm(torch.randn(40, 0)).sum().backward()
+    assert torch.equal(gm.bias.grad, torch.full((8,), 40.0))
 
 
 def test_conv1d_of_hugging_face():
@@ -261,6 +337,32 @@ class TestModule:
         assert {n: id(p) for n, p in gm.named_parameters()} == {n: id(p) for n, p in model.named_parameters()}
         assert list(gm.state_dict()) == list(model.state_dict())
         gm.load_state_dict(model.state_dict())
+
+    def test_hooks_and_attributes(self):
+        """Those of the traced module: Hugging Face's tracer leaves the config there."""
+        model, x = self.model()
+        traced = symbolic_trace(model)
+        traced.config = {"hidden_size": 16}
+        traced.register_forward_hook(lambda module, args, output: output * 2)
+        gm = rewritten(traced)
+        assert gm.config is traced.config
+        assert torch.equal(gm(x), 2 * model(x))
+
+    def test_a_submodule_called_wtacrs(self):
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.wtacrs = nn.Linear(16, 16)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.wtacrs(x).square().sum()
+
+        model, (_, x) = Net(), self.model()
+        gm = rewritten(symbolic_trace(model), x, ratio=0.5)
+        assert gm.wtacrs is model.wtacrs
+        sampled = parameters_of(model, gm, x)
+        torch.testing.assert_close(sampled["wtacrs.bias"], gradients(model, x)["wtacrs.bias"])
+        assert len(products(gm)) == 1
 
     def test_train_and_eval(self):
         model, x = self.model()
@@ -433,11 +535,14 @@ class TestHeld:
         )
         assert torch.equal(exact["2.weight"], sampled["2.weight"])
 
-    def test_bert_encoder(self):
+    def bert(self) -> nn.Module:
         config = transformers.BertConfig(
             hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, vocab_size=100
         )
-        model = transformers.BertModel(config, add_pooling_layer=False)
+        return transformers.BertModel(config, add_pooling_layer=False)
+
+    def test_bert_encoder(self):
+        model = self.bert()
         ids = torch.randint(0, 100, (8, 32))
         traced = torch.export.export(model, (ids,)).module()
         gm = rewritten(traced, (ids,), ratio=0.1)
@@ -445,6 +550,35 @@ class TestHeld:
         self.compare(model, traced, gm, (ids,))
         ledger = gm.meta["wtacrs_ledger"]
         assert ledger.saved_bytes < 0.75 * ledger.saved_bytes_exact, ledger.table()
+
+    @pytest.mark.parametrize("name", ["mlp", "bert"])
+    def test_peak_of_a_step(self, name):
+        """What the allocator sees in forward and backward falls by what the ledger says is saved less, up to what the backward
+        has in hand at that moment."""
+        if name == "mlp":
+            layers = (nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(4))
+            model, args = nn.Sequential(*layers), (torch.randn(2048, 256),)
+        else:
+            model, args = self.bert(), (torch.randint(0, 100, (8, 64)),)
+        exact = torch.export.export(model, args).module()
+        gm = rewritten(exact, args, ratio=0.1)
+        found = []
+        for module in (exact, gm):
+            call = lambda module=module: tree_leaves(module(*args))[0].square().mean()  # noqa: E731
+            gradients(model, call=call)
+            with measure.held(module) as held:
+                loss = call()
+            found.append((held.bytes, measure.peaks(lambda call=call: call().backward(), model).activations))
+            del loss
+        (held_exact, peak_exact), (held_now, peak_now) = found
+        ledger = gm.meta["wtacrs_ledger"]
+        saved = ledger.saved_bytes_exact - ledger.saved_bytes
+        made = saved - sum(
+            x.nbytes for x in args if x.is_floating_point()
+        )  # the batch is there before the step and after
+        message = f"held {held_exact} -> {held_now}, peak {peak_exact} -> {peak_now}\n{ledger.table()}"
+        assert held_exact - held_now == saved, message
+        assert peak_exact - peak_now > 0.85 * made > 0.1 * peak_exact, message
 
     def compare(self, model: nn.Module, exact: GraphModule, gm: GraphModule, args: tuple) -> None:
         found = []
@@ -488,6 +622,17 @@ class TestBadInput:
         with pytest.raises(ValueError, match="rewritten already"):
             rewritten(gm)
 
+    def test_swapped_or_rewritten_modules_are_not_traced(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        traced = symbolic_trace(model)
+        with pytest.raises(TypeError, match="rewritten or swapped already"):
+            symbolic_trace(rewritten(traced))
+        wtacrs_fx.swap_linears(model, **SMALL)
+        with pytest.raises(TypeError, match="restore_linears"):
+            symbolic_trace(model)
+        with pytest.raises(ValueError, match=r"rewritten already \(node _0, _1\).*restore_linears"):
+            rewritten(traced)
+
     def test_unknown_option(self):
         with pytest.raises(TypeError, match="Did you mean 'ratio'"):
             wtacrs_fx.rewrite(symbolic_trace(nn.Linear(4, 4)), ratios=0.3)
@@ -515,6 +660,24 @@ class TestBadInput:
         gm._modules["0"] = Other(8, 8)
         result = rewritten(gm)
         assert [n.target for n in result.graph.nodes if n.op == "call_module" and n.target == "0"] == ["0"]
+        assert len(products(result)) == 1
+
+    def test_a_forward_that_was_replaced(self):
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(64, 8)
+        plain = model[0].forward
+        model[0].forward = lambda x: 2 * plain(x)
+        result = rewritten(symbolic_trace(model), x)
+        assert [e.reason for e in result.meta["wtacrs_ledger"].entries] == ["the module's forward was replaced", ""]
+        assert torch.equal(result(x), model(x))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_quantised_layers_stay_exact_and_are_reported(self):
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(64, 8)
+        model[0] = torch.ao.quantization.quantize_dynamic(nn.Sequential(model[0]), {nn.Linear}, dtype=torch.qint8)[0]
+        result = rewritten(symbolic_trace(model), x)
+        reasons = [e.reason for e in result.meta["wtacrs_ledger"].entries]
+        assert reasons == ["weight is quantised", "size known at run time"]
+        assert torch.equal(result(x), model(x))
         assert len(products(result)) == 1
 
     def test_hooks_are_kept(self):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
@@ -174,7 +175,32 @@ class TestNotSwapped:
 
         model = nn.Sequential(Mine(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
         model[1].weight = nn.Parameter(model[1].weight.to_sparse())
-        assert swap(model) == ["2"]
+        with pytest.warns(WtacrsWarning, match=r"stay exact: '1' \(weight has layout torch.sparse_coo\)"):
+            assert swap(model) == ["2"]
+
+    def test_a_forward_of_its_own(self):
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(64, 8)
+        plain = model[0].forward
+        model[0].forward = lambda x: 2 * plain(x)
+        before = model(x)
+        with pytest.warns(WtacrsWarning, match=r"'0' \(the module's forward was replaced\)"):
+            assert swap(model) == ["1"]
+        assert torch.equal(model(x), before)
+
+    def test_a_rewritten_module(self):
+        gm = wtacrs_fx.rewrite(symbolic_trace(nn.Sequential(nn.Linear(8, 8))), **SMALL)
+        with pytest.raises(ValueError, match="rewritten already"):
+            swap(gm)
+
+    def test_parametrized_since(self):
+        model = nn.Sequential(nn.Linear(8, 8))
+        swap(model)
+        nn.utils.parametrizations.weight_norm(model[0])
+        with pytest.raises(ValueError, match=r"ParametrizedSampledLinear.*remove_parametrizations"):
+            wtacrs_fx.restore_linears(model)
+        nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+        assert wtacrs_fx.restore_linears(model) == ["0"]
+        assert type(model[0]) is nn.Linear
 
     def test_nothing_warns_with_the_names(self):
         with pytest.warns(WtacrsWarning, match="no linear layer was swapped. Layers: 0"):

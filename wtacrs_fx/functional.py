@@ -206,6 +206,15 @@ _libraries: list[torch.library.Library] = []
 _register_autocast()
 
 
+def refuse_tracing(operand: Any) -> None:
+    """Raise TypeError inside of ``torch.fx.symbolic_trace``, which cannot follow what depends on sizes and on training."""
+    if isinstance(operand, torch.fx.Proxy):
+        raise TypeError(
+            "symbolic_trace does not go through modules that were rewritten or swapped already. Trace the model they were "
+            "made of; wtacrs_fx.restore_linears(model) undoes swap_linears."
+        )
+
+
 class RowSampler(nn.Module):
     """Draws the rows of one operand that stand in for it in the backward.
 
@@ -226,6 +235,7 @@ class RowSampler(nn.Module):
         self.share = ratio_fraction(config.ratio).as_integer_ratio()
 
     def forward(self, operand: Tensor, *partners: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        refuse_tracing(operand)
         matrix = self._matrix(operand, partners) if self.wanted(*partners) else None
         if matrix is None or not matrix.is_floating_point():
             return None, None
@@ -250,7 +260,7 @@ class RowSampler(nn.Module):
         h = operand.detach()
         h = h.mT if self.columns else h
         if partners[0].dim() == 2:
-            return h.reshape(-1, h.shape[-1])
+            return h.flatten(0, -2)
         return h if partners[0].shape[:-2] == h.shape[:-2] else None
 
     def extra_repr(self) -> str:

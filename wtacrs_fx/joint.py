@@ -113,8 +113,9 @@ def _begin(graph: Graph, names: Sequence[str]) -> list[Node]:
     if not found:
         raise ValueError(
             "no gradient side in this graph: there is no implicit gradient of a one-element loss. Trace the forward and "
-            "torch.autograd.grad(loss, params) together with make_fx; name inputs that are gradients of outputs in "
-            "tangents=[...]; for a forward graph there is wtacrs_fx.rewrite()."
+            "torch.autograd.grad(loss, params) together with make_fx, without a decomposition_table that makes a constant of "
+            "ones_like(loss); name inputs that are gradients of outputs in tangents=[...]; for a forward graph there is "
+            "wtacrs_fx.rewrite()."
         )
     return found
 
@@ -131,6 +132,6 @@ def _check_functional(graph: Graph, kinds: dict[Node, Kind]) -> None:
         written = isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.args[0]
         if isinstance(written, Node) and kinds[view_base(written)] is not Kind.WEIGHT:
             raise ValueError(
-                f"{node.name} = {node.target} changes an activation in place. Trace with "
-                "make_fx(torch.func.functionalize(step))."
+                f"{node.name} = {node.target} changes an activation in place. Make the graph functional: "
+                "make_fx(torch.func.functionalize(gm))(*inputs)."
             )

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,25 +18,39 @@ from torch.utils._pytree import tree_leaves
 from wtacrs_fx.backend import complaints
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.functional import RowSampler
 from wtacrs_fx.ledger import Entry, Ledger
-from wtacrs_fx.passes.forward import SAMPLERS, SampledProducts, sample_products
+from wtacrs_fx.passes.einsum import split_einsums
+from wtacrs_fx.passes.forward import SampledProducts, sample_products
 from wtacrs_fx.passes.kinds import classify
 from wtacrs_fx.passes.policy import hint, rows_kept
-from wtacrs_fx.passes.products import FROZEN, Product, draw_shape, find_products, linear_weights, tensor_of
+from wtacrs_fx.passes.products import (
+    FROZEN,
+    Product,
+    draw_shape,
+    find_products,
+    is_quantised,
+    linear_weights,
+    tensor_of,
+)
 from wtacrs_fx.passes.watch import watch
+from wtacrs_fx.swap import SampledLinear
+
+_HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
 
 
 def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> GraphModule:
     """A forward graph whose linear layers keep sampled rows of their inputs for the backward.
 
-    ``linear``, ``addmm``, ``mm``, ``matmul``, ``bmm``, ``baddbmm`` and called ``nn.Linear`` or ``Conv1D`` modules become
-    ``torch.ops.wtacrs.linear`` and ``.matmul``. The result runs in plain eager and is trained as it is: rows are chosen by
-    their norms in the forward, the forward's values and the gradients of inputs and biases are exact, the mean of weight
-    gradients is exact. In eval mode, and without gradients, it computes exactly and draws nothing.
+    ``linear``, ``addmm``, ``mm``, ``matmul``, ``bmm``, ``baddbmm``, ``einsum`` with a weight, and called ``nn.Linear`` or
+    ``Conv1D`` modules become ``torch.ops.wtacrs.linear`` and ``.matmul``. The result runs in plain eager and is trained as it
+    is: rows are chosen by their norms in the forward, the forward's values and the gradients of inputs and biases are exact,
+    the mean of weight gradients is exact. In eval mode, and without gradients, it computes exactly and draws nothing.
 
     Args:
-        gm: from ``torch.fx.symbolic_trace``, ``make_fx`` or ``torch.export.export(...).module()``. It is not changed; the
-            result shares its parameters, buffers and submodules, under their names.
+        gm: from ``torch.fx.symbolic_trace`` (or a tracer built on it, as transformers before 5 has one), ``make_fx`` or
+            ``torch.export.export(...).module()``. It is not changed; the result shares its parameters, buffers and
+            submodules, under their names.
         example_inputs: the call's positional arguments (a tensor, or a tuple), or a dict by placeholder name. They are used
             for their shapes, and inputs that are ``nn.Parameter`` count as weights. With shapes it is known which inputs
             another op saves in any case: those stay exact. Without them the shapes that the tracer has left are used, and
@@ -54,10 +69,15 @@ def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> Grap
     check_traced(gm, "rewrite")
     result = share(gm)
     inputs = flatten_inputs(result, example_inputs)
+    if any(map(is_quantised, result.modules())):
+        inputs = None  # fake tensors do not run such a module
     bytes_exact = sum(propagate(result, inputs).values())
+    with watch("split_einsums", result.graph, config.verbose):
+        if split_einsums(result, classify(result.graph, _weights(result, inputs)), config):
+            propagate(result, inputs)
     products = _find(result, inputs, config)
     if inputs is not None:
-        products = _settle(gm, inputs, products, config)
+        products = _settle(result, inputs, products, config)
     ops = {p.node: _op_name(result, p.node) for p in products}
     with watch("sample_products", result.graph, config.verbose):
         done = sample_products(result, products, config)
@@ -105,14 +125,18 @@ def _settle(gm: GraphModule, inputs: Sequence[Any], products: Sequence[Product],
 
 
 def share(gm: GraphModule) -> GraphModule:
-    """A GraphModule with a graph of its own and the same parameters, buffers and submodules under the same names."""
+    """A GraphModule with a graph of its own and the same parameters, buffers and submodules under the same names; what else
+    the tracer or the user has put on the module (Hugging Face: config; hooks) comes along."""
     graph = copy.deepcopy(gm.graph)
     graph._tracer_cls = None  # unpickling traces the code again: with make_fx's tracer it would trace into the samplers
     result = GraphModule(gm, graph)
-    for members in ("_parameters", "_buffers", "_modules"):
-        setattr(result, members, dict(getattr(gm, members)))
-    result._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
-    result.meta = dict(gm.meta)
+    for name, value in vars(gm).items():
+        if name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "meta") or name in _HOOKS:
+            setattr(result, name, copy.copy(value))
+        elif not (
+            name.startswith("_") or name in vars(result) or isinstance(value, MethodType)
+        ):  # export's own train()
+            setattr(result, name, value)
     return result
 
 
@@ -164,8 +188,7 @@ def propagate(gm: GraphModule, inputs: Sequence[Any] | None) -> dict[int, int]:
         saved.append(tensor)
         return tensor
 
-    samplers = getattr(gm, SAMPLERS, nn.Module())
-    samplers.train()
+    samplers = nn.ModuleList(m for m in gm.modules() if isinstance(m, RowSampler)).train()
     try:
         with (
             mode,
@@ -216,10 +239,17 @@ def check_traced(gm: Any, caller: str) -> None:
             "torch.fx.symbolic_trace(model), make_fx(model)(*inputs) or torch.export.export(model, inputs).module(); for code "
             "that nothing can trace there is wtacrs_fx.swap_linears(model)."
         )
-    found = [n.name for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "wtacrs"]
+
+    def is_ours(node: Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(gm.get_submodule(str(node.target)), (RowSampler, SampledLinear))
+        return getattr(node.target, "namespace", "") == "wtacrs"
+
+    found = [n.name for n in gm.graph.nodes if is_ours(n)]
     if found:
         raise ValueError(
-            f"this graph was rewritten already (node {', '.join(found[:3])}); rewrite the graph it was made of."
+            f"this graph was rewritten already (node {', '.join(found[:3])}); rewrite the graph it was made of, after "
+            "wtacrs_fx.restore_linears(model) where its layers were swapped."
         )
 
 

@@ -9,9 +9,9 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.functional import RowSampler
+from wtacrs_fx.functional import RowSampler, refuse_tracing
 from wtacrs_fx.passes.policy import excluded
-from wtacrs_fx.passes.products import FROZEN, unusual
+from wtacrs_fx.passes.products import FROZEN, REPLACED, unusual
 
 
 def swap_linears(model: nn.Module, **options: Any) -> list[str]:
@@ -26,11 +26,12 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
         model: any module.
         options: fields of :class:`wtacrs_fx.Config`: ratio, estimator, min_rows, min_bytes, include, exclude, seed.
 
-    Returns: names of the layers that were swapped. Sparse and quantised weights, and excluded names, are not.
+    Returns: names of the layers that were swapped. Excluded names are not; nor, with a warning that says why, are layers with
+        sparse, quantised, integer, complex or wrapped weights, or with a ``forward`` of their own.
 
     Raises:
         TypeError: ``model`` is no module, or an unknown option.
-        ValueError: a layer was swapped before; an option outside of its range.
+        ValueError: a layer was swapped, or the model rewritten, before; an option outside of its range.
     """
     config = Config.from_options(options)
     if not isinstance(model, nn.Module):
@@ -38,13 +39,22 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
     modules = dict(model.named_modules())
     if swapped := [name for name, m in modules.items() if isinstance(m, SampledLinear)]:
         raise ValueError(f"layer {swapped[0]!r} was swapped already; call wtacrs_fx.restore_linears(model) first.")
+    if any(isinstance(m, RowSampler) for m in modules.values()):
+        raise ValueError(
+            "this module was rewritten already: its graph calls no nn.Linear. Swap the model it was made of."
+        )
     linears = {name: m for name, m in modules.items() if type(m) is nn.Linear}
-    chosen = {n: m for n, m in linears.items() if not excluded(n, config) and unusual(m.weight) in ("", FROZEN)}
+    admitted = {n: m for n, m in linears.items() if not excluded(n, config)}
+    left = {n: reason for n, m in admitted.items() if (reason := _why_exact(m))}
+    chosen = {n: m for n, m in admitted.items() if n not in left}
     draws = SharedDraws()
     for module in chosen.values():
         module.__class__ = SampledLinear
         module.wtacrs_sampler = RowSampler(config).train(module.training)
         object.__setattr__(module, "wtacrs_draws", draws)
+    if left:
+        reasons = ", ".join(f"{name!r} ({reason})" for name, reason in left.items())
+        warnings.warn(f"wtacrs: layers that stay exact: {reasons}.", WtacrsWarning, stacklevel=2)
     if not chosen:
         names = ", ".join(linears) or "there is none"
         warnings.warn(f"wtacrs: no linear layer was swapped. Layers: {names}.", WtacrsWarning, stacklevel=2)
@@ -52,12 +62,28 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
 
 
 def restore_linears(model: nn.Module) -> list[str]:
-    """Undo :func:`swap_linears`: every SampledLinear is an nn.Linear again. Returns the names of the layers."""
+    """Undo :func:`swap_linears`: every SampledLinear is an nn.Linear again. Returns the names of the layers.
+
+    Raises: ValueError if a layer has changed its class since, as torch's parametrizations make it.
+    """
     swapped = {name: m for name, m in model.named_modules() if isinstance(m, SampledLinear)}
+    for name, module in swapped.items():
+        if type(module) is not SampledLinear:
+            raise ValueError(
+                f"layer {name!r} has become a {type(module).__name__} since it was swapped. Undo that first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)."
+            )
     for module in swapped.values():
         del module.wtacrs_sampler, module.wtacrs_draws
         object.__setattr__(module, "__class__", nn.Linear)
     return list(swapped)
+
+
+def _why_exact(module: nn.Linear) -> str:
+    if "forward" in vars(module):
+        return REPLACED
+    reason = unusual(module.weight)
+    return "" if reason == FROZEN else reason  # it may be trained later
 
 
 class SharedDraws:
@@ -96,6 +122,7 @@ class SampledLinear(nn.Linear):
     wtacrs_draws: SharedDraws
 
     def forward(self, input: Tensor) -> Tensor:
+        refuse_tracing(input)
         kept, rows = self.wtacrs_draws.draw(self.wtacrs_sampler, input, self.weight)
         output: Tensor = torch.ops.wtacrs.linear(input, self.weight, self.bias, kept, rows)
         return output
