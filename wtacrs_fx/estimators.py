@@ -20,6 +20,9 @@ from torch import Tensor
 Uniform = Callable[[int, int], Tensor]
 """``uniform(stream, n)``: [..., n] independent float64 numbers in [0, 1); different streams are independent."""
 
+NOT_FINITE = 1e9
+"""Importance of a row that is not finite, where the largest finite one has 1. Float64 has digits left for the others."""
+
 Selection = tuple[Tensor, Tensor]
 """(row index [k] int64, scale [k] float32)."""
 
@@ -27,16 +30,16 @@ Selection = tuple[Tensor, Tensor]
 def sanitize(importance: Tensor) -> Tensor:
     """Importance [M] of any floating dtype -> finite, non-negative float64 [M] with a positive sum.
 
-    A row that is not finite (its gradient will not be finite either) counts as twice the largest finite row, so that
-    it is most likely kept and an overflow shows in the sampled gradient as it does in the exact one. Negative values
-    count as zero; all zeros become all ones.
+    A row that is not finite (its gradient will not be finite either) counts as :data:`NOT_FINITE` times the largest
+    finite row, so that it is kept and an overflow shows in the sampled gradient as it does in the exact one. Negative
+    values count as zero; all zeros become all ones.
     """
     w = importance.detach().to(torch.float64)
     finite = torch.isfinite(w)
     w = torch.where(finite, w, 0.0).clamp(min=0.0)
     top = w.amax(-1, keepdim=True)
     w = w / torch.where(top > 0, top, 1.0)  # values are now at most 1: sums cannot overflow
-    w = torch.where(finite, w, 2.0)
+    w = torch.where(finite, w, NOT_FINITE)
     return torch.where(w.sum(-1, keepdim=True) > 0, w, 1.0)
 
 
