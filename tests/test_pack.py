@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wtacrs_fx import Backend
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import Backend, measure
 from wtacrs_fx.rounding import pack, unpack
 
 from helpers import SMALL, Recorder, Transformer, gradients, transformer_batch

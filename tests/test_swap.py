@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
-from wtacrs_fx import WtacrsWarning
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import WtacrsWarning, measure
 from wtacrs_fx.swap import SampledLinear
 
 from helpers import SMALL, Block, Moments, Transformer, gradients, transformer_batch
