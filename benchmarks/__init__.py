@@ -1,1 +1,1 @@
-"""Benchmarks, importable as ``wtacrs_fx.benchmarks`` so that the demo measures with the same code."""
+"""Benchmarks, importable as ``wtacrs_fx.benchmarks``; what they measure with is :mod:`wtacrs_fx.measure`."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import measure
 from wtacrs_fx.benchmarks.families import FAMILIES
 from wtacrs_fx.benchmarks.options import add_shape, memory_budget
 

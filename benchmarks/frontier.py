@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from wtacrs_fx import Backend
-from wtacrs_fx.benchmarks import frontier_report, measure
+from wtacrs_fx import Backend, measure
+from wtacrs_fx.benchmarks import frontier_report
 from wtacrs_fx.benchmarks.families import FAMILIES, Batch
 from wtacrs_fx.benchmarks.options import add_shape, memory_budget
 

@@ -18,8 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from wtacrs_fx import Backend
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import Backend, measure
 from wtacrs_fx.benchmarks.families import FAMILIES
 from wtacrs_fx.benchmarks.frontier import Arm
 from wtacrs_fx.benchmarks.options import add_shape

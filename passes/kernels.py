@@ -9,7 +9,8 @@ it reads alive until its reader has run.
 import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch._inductor import config as inductor_config
@@ -38,8 +39,7 @@ _COSTLY = (aten.exp.default, aten.sigmoid.default)
 """What Inductor does not compute again on CPU for every reader."""
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """A node with memory of its own, and the buffers it reads."""
 
     node: Node
@@ -51,6 +51,20 @@ class Kernel:
     """Whether all its readers are in the same fused kernel: Inductor plans memory for it and then drops it."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a sequence of nodes says about kernels whatever the graph is given and returns."""
+
+    calls: tuple[Node, ...]
+    """The nodes with values of their own (no views), in the order in which Inductor lowers them."""
+    users: Mapping[Node, Sequence[Node]]
+    """Readers of each value, and of views of it."""
+    epoch: Mapping[Node, int]
+    """How many library calls run before each of ``calls``."""
+    written: Collection[Node]
+    """Values that are in memory because of who reads them: library calls, or gathers of costly values."""
+
+
 class Facts:
     """What simulations ask of every node again and again, computed once. For one graph that is not changed meanwhile."""
 
@@ -58,12 +72,31 @@ class Facts:
         self.base = functools.cache(view_base)
         self.bytes = functools.cache(buffer_bytes)
         self.library = functools.cache(is_library_call)
+        self.reduction = functools.cache(lambda node: node.target in REDUCTIONS)
+        self.costly = functools.cache(is_costly)
         self.flops = functools.cache(flops)
         self.inputs = functools.cache(self._inputs)
+        # A plan's forward and backward are simulated in turn, and every plan of a graph has the same forward.
+        self.layout = functools.lru_cache(maxsize=2)(self._layout)
 
     def _inputs(self, node: Node) -> tuple[Node, ...]:
         """View bases of the node's inputs, each once."""
         return tuple(dict.fromkeys(map(self.base, node.all_input_nodes)))
+
+    def _layout(self, nodes: tuple[Node, ...]) -> Layout:
+        calls = _in_lowering_order([n for n in nodes if self.base(n) is n])
+        users: dict[Node, list[Node]] = {}
+        epoch, count = {}, 0
+        written: set[Node] = set()
+        for node in calls:
+            epoch[node] = count
+            inputs = self.inputs(node)
+            if self.library(node):
+                count += 1
+                written.update(inputs)
+            for base in inputs:
+                users.setdefault(base, []).append(node)
+        return Layout(tuple(calls), users, epoch, written | _gathered(calls, users, self))
 
     def seconds(self, kernel: Kernel, roofline: Roofline) -> float:
         """Predicted run time of a kernel."""
@@ -82,6 +115,11 @@ def is_library_call(node: Node) -> bool:
     return torch.Tag.pointwise not in node.target.tags
 
 
+def is_costly(node: Node) -> bool:
+    """Whether Inductor rather writes the value to memory than computes it in several kernels."""
+    return node.target in _COSTLY and bool(node.meta["val"].device.type == "cpu")
+
+
 def buffer_bytes(node: Node) -> int:
     """Bytes of a tensor's storage; 0 for anything else."""
     return hint(node.meta["val"].untyped_storage().nbytes()) if is_tensor(node) else 0
@@ -96,43 +134,36 @@ def find_kernels(
         nodes, given, returned: as for :func:`wtacrs_fx.passes.liveness.timeline`.
         facts: about the graph's nodes.
     """
-    calls = _in_lowering_order([n for n in nodes if facts.base(n) is n])
-    epoch, count, many = {}, 0, inductor_config.realize_reads_threshold
-    users: dict[Node, list[Node]] = {}
-    for node in calls:
-        epoch[node] = count
-        count += facts.library(node)
-        for base in facts.inputs(node):
-            users.setdefault(base, []).append(node)
-    inside = set(calls)
-    gathered = _gathered(calls, users, facts)
+    layout, many = facts.layout(tuple(nodes)), inductor_config.realize_reads_threshold
     inlined: dict[Node, frozenset[Node]] = {}
     kernels: list[Kernel] = []
     optional: set[Node] = set()
-    for node in calls:
+    for node in layout.calls:
+        if node.target is operator.getitem:
+            kernels.append(Kernel(node, frozenset(), facts.bytes(node), library=True))
+            continue
         found: set[Node] = set()
         for base in facts.inputs(node):
             if base in inlined:
                 found |= inlined[base]
-            elif base in inside or base in given:
+            elif base in layout.epoch or base in given:
                 found.add(base)
-        reads, readers, size = frozenset(found), users.get(node, []), facts.bytes(node)
-        if node.target is operator.getitem:
-            kernels.append(Kernel(node, frozenset(), size, library=True))
-        elif facts.library(node):
-            kernels.append(Kernel(node, reads, size, library=True))
-        elif node.target in REDUCTIONS or node in returned or node in gathered or any(map(facts.library, readers)):
-            kernels.append(Kernel(node, reads, size, library=False))
-        elif _is_realized(node, readers, reads, many):
-            kernels.append(Kernel(node, reads, size, library=False))
+        reads = frozenset(found)
+        if facts.library(node):
+            kernels.append(Kernel(node, reads, facts.bytes(node), library=True))
+        elif facts.reduction(node) or node in returned or node in layout.written:
+            kernels.append(Kernel(node, reads, facts.bytes(node), library=False))
+        elif _is_realized(node, len(layout.users.get(node, ())), len(reads), many, facts):
+            kernels.append(Kernel(node, reads, facts.bytes(node), library=False))
             optional.add(node)
         else:
             inlined[node] = reads
     read_at: dict[Node, set[int]] = {}
     for kernel in kernels:
-        for node in kernel.reads:
-            read_at.setdefault(node, set()).add(epoch[kernel.node])
-    return [replace(k, internal=k.node in optional and read_at.get(k.node) == {epoch[k.node]}) for k in kernels]
+        for node in kernel.reads & optional:
+            read_at.setdefault(node, set()).add(layout.epoch[kernel.node])
+    internal = {node for node, epochs in read_at.items() if epochs == {layout.epoch[node]}}
+    return [k._replace(internal=True) if k.node in internal else k for k in kernels]
 
 
 def fuse(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
@@ -163,21 +194,20 @@ def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]], facts
     because one reader gathers rows of them: exp and sigmoid, and what is computed from them and gathered."""
     result: set[Node] = set()
     for node in nodes:
-        if node.target in _COSTLY and node.meta["val"].device.type == "cpu" and len(users.get(node, ())) > 1:
+        if facts.costly(node) and len(users.get(node, ())) > 1:
             stack, seen = [node], {node}
             while stack:
                 for reader in users.get(stack.pop(), ()):
                     if reader.target is aten.index.Tensor:
                         result.add(node)
-                    elif reader not in seen and not facts.library(reader) and reader.target not in REDUCTIONS:
+                    elif reader not in seen and not facts.library(reader) and not facts.reduction(reader):
                         seen.add(reader)
                         stack.append(reader)
     return result
 
 
-def _is_realized(node: Node, readers: Sequence[Node], reads: Collection[Node], many: int) -> bool:
+def _is_realized(node: Node, readers: int, reads: int, many: int, facts: Facts) -> bool:
     """Inductor's rule for values that it might as well compute again in every reader; ``many`` is its threshold."""
     if node.target is prims.inductor_random.default:
         return True
-    costly = node.target in _COSTLY and node.meta["val"].device.type == "cpu"
-    return (len(readers) > 1 and (costly or len(reads) > many)) or len(reads) > 2 * many
+    return reads > 2 * many or (readers > 1 and (reads > many or facts.costly(node)))

@@ -7,7 +7,7 @@ import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline
-from wtacrs_fx.passes.kernels import REDUCTIONS, Facts, Kernel, find_kernels, fuse
+from wtacrs_fx.passes.kernels import Facts, Kernel, find_kernels, fuse
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
 
@@ -85,23 +85,24 @@ def timeline(
     held = _held_for_reuse(real, dies, estimate, facts) if reuse else [0] * len(groups)
     result = Timeline()
     for group, a, b, c in zip(real, lives, residents, held):
-        for kernel in group:
-            result.kernels.append(kernel)
-            result.live.append(a + c)
-            result.resident.append(b)
+        result.kernels += group
+        result.live += [a + c] * len(group)
+        result.resident += [b] * len(group)
     return result
 
 
 def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) -> dict[Node, Node]:
     """Output of the kernel -> the buffer whose memory it takes over: of the same size and type, computed in this graph, and
     read by nothing else then or later. (What the graph was given may belong to somebody else.)"""
+    if not dying or group[0].library:
+        return {}
     readers: dict[Node, list[Kernel]] = {}
     for kernel in group:
         for node in kernel.reads:
             readers.setdefault(node, []).append(kernel)
     taken: dict[Node, Node] = {}
     for kernel in group:
-        if kernel.library or kernel.internal or kernel.node.target in REDUCTIONS:
+        if kernel.library or kernel.internal or facts.reduction(kernel.node):
             continue
         for node in dying:
             alone = node.op == "call_function" and readers.get(node) == [kernel] and node not in taken.values()

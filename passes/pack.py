@@ -14,6 +14,8 @@ Backward::
 Inductor computes the unpacking inside of the kernels that read the mask: no mask is in memory in the backward.
 """
 
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +53,14 @@ def pack_masks(forward: GraphModule, backward: GraphModule, num_fwd_outputs: int
     returned = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
     bases = [view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)]
     placeholders = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
+    position = {n: i for i, n in enumerate(forward.graph.nodes)}
     done = []
     for i, mask in enumerate(outputs):
         if i < num_fwd_outputs or not isinstance(mask, Node) or not _is_dense_mask(mask, min_bytes):
             continue
         base = view_base(mask)
         if base.op != "placeholder" and base not in returned and bases.count(base) == 1 and mask.name in placeholders:
+            hoist(mask, position)
             outputs[i] = _pack(forward.graph, mask)
             given = placeholders[mask.name]
             done.append(Packed(mask, outputs[i], tuple(given.users)))
@@ -73,6 +77,18 @@ def _is_dense_mask(node: Node, min_bytes: int) -> bool:
         return False
     numel, stored = node.meta["val"].numel(), node.meta["val"].untyped_storage().nbytes()
     return isinstance(numel, int) and isinstance(stored, int) and numel == stored >= max(1, min_bytes)
+
+
+def hoist(mask: Node, position: Mapping[Node, int]) -> None:
+    """Compute a mask as soon as what it is computed from is there. One that only the backward reads is traced with the
+    backward, and the partitioner puts it at the end of the forward: all that it is computed from would be in memory until
+    then (of ReLU behind a LoRA layer two tensors four times as large)."""
+    last = max((n for n in mask.all_input_nodes if n.op == "call_function"), key=position.__getitem__, default=None)
+    if last is not None:
+        while last.next.target is operator.getitem:
+            last = last.next
+        if position[last] < position[mask]:
+            last.append(mask)
 
 
 def _pack(graph: Graph, mask: Node) -> Node:

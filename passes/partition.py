@@ -18,8 +18,10 @@ from wtacrs_fx.passes.kinds import is_tangent
 from wtacrs_fx.passes.planner import Plan
 from wtacrs_fx.passes.policy import decide
 from wtacrs_fx.passes.work import Work
+from wtacrs_fx.roomy import roomy
 
 
+@roomy
 def partition(
     joint: GraphModule,
     joint_inputs: Any,

@@ -135,6 +135,7 @@ class Planner:
         self.facts, self.order = Facts(), JointOrder(graph, num_fwd_outputs)
         self._tables: dict[int, Table] = {}
         self._pool: list[Plan] = []
+        self._open: list[int] = []
 
     def simulate(self, choices: Sequence[Choice]) -> Plan:
         """Predicted peak, time and held bytes of a combination."""
@@ -154,24 +155,28 @@ class Planner:
 
     def fastest(self, peak: int) -> Plan | None:
         """The plan of least predicted time whose predicted peak is at most ``peak`` bytes; None if none was found."""
-        plans = self._plans()
+        while self._targets() and self._open[-1] <= peak:  # a plan for a tighter target may be the fastest for this one
+            self._search(self._open.pop())
         self._search(peak)
-        return min((p for p in plans if p.peak <= peak), key=lambda p: (p.seconds, p.peak), default=None)
+        return min((p for p in self._pool if p.peak <= peak), key=lambda p: (p.seconds, p.peak), default=None)
 
     def least_peak(self, seconds: float) -> Plan:
         """The plan of least predicted peak whose predicted time is at most ``seconds`` (nothing recomputed if none is)."""
+        while self._targets():
+            best = min((p.peak for p in self._pool if p.seconds <= seconds), default=math.inf)
+            if best <= self._open[-1]:
+                break  # what was not searched yet is for higher peaks
+            self._search(self._open.pop())
         return min(
-            (p for p in self._plans() if p.seconds <= seconds), key=lambda p: (p.peak, p.seconds), default=self.keep
+            (p for p in self._pool if p.seconds <= seconds), key=lambda p: (p.peak, p.seconds), default=self.keep
         )
 
-    def _plans(self) -> list[Plan]:
-        """Plans that were simulated: at first those of a range of targets, so that a plan found for a tighter one is not
-        missed for a looser one."""
+    def _targets(self) -> list[int]:
+        """Peaks that were not searched yet, the lowest one last. Whatever was simulated is in the pool."""
         if not any(p is self.keep for p in self._pool):
             self._pool.append(self.keep)
-            for i in range(1, TARGETS):
-                self._search(int(self.keep.peak * (1 - i / TARGETS)))
-        return self._pool
+            self._open = [int(self.keep.peak * (1 - i / TARGETS)) for i in range(1, TARGETS)]
+        return self._open
 
     def _search(self, peak: int) -> None:
         """Simulate the fastest combinations for a peak, of every granularity, and add them to the pool."""

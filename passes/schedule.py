@@ -46,9 +46,12 @@ class JointOrder:
         result: list[Node] = []
         for node in sorted(needed, key=self.position.__getitem__):
             if self.position[node] >= start and node not in done:
-                for wanted in (*pending(node, needed, done, self.position), node):
-                    done.add(wanted)
-                    result.append(wanted)
+                if not needed.intersection(self._inputs[node]) <= done:
+                    recomputed = pending(node, needed, done, self.position)
+                    done.update(recomputed)
+                    result += recomputed
+                done.add(node)
+                result.append(node)
         return Backward(tuple(result), frozenset(view_base(n) for n in reads))
 
     def _closure(self, saved: Collection[Node]) -> tuple[set[Node], set[Node]]:

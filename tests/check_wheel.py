@@ -8,7 +8,7 @@ import venv
 from pathlib import Path
 
 CODE = """
-import importlib.metadata, pathlib, torch, wtacrs_fx, wtacrs_fx.passes.partition, wtacrs_fx.benchmarks.measure
+import importlib.metadata, pathlib, torch, wtacrs_fx, wtacrs_fx.passes.partition, wtacrs_fx.benchmarks.options
 assert pathlib.Path(wtacrs_fx.__file__).is_relative_to(SITE), wtacrs_fx.__file__
 assert "wtacrs" in torch._dynamo.list_backends()
 try:

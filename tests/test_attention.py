@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 import wtacrs_fx
-from wtacrs_fx import WtacrsWarning
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import WtacrsWarning, measure
 
 from helpers import SMALL, Block, Experts, Moments, Recorder, Transformer, calls, gradients, transformer_batch
 

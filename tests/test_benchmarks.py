@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from wtacrs_fx.benchmarks import frontier_report, measure
+from wtacrs_fx import measure
+from wtacrs_fx.benchmarks import frontier_report, paper_table2
 from wtacrs_fx.benchmarks.frontier import errors
 
 
@@ -113,3 +114,23 @@ def test_the_benchmark_runs(tmp_path):
         assert result["held_bytes"] <= result["peak_bytes"]
     assert arms["inductor, 2 micro-batches"]["held_bytes"] < 0.7 * arms["inductor"]["held_bytes"]
     assert arms["wtacrs 0.3 budget none"]["vector_error"] < 1e-8
+
+
+def test_paper_table_goes_on_where_it_ended(tmp_path, monkeypatch):
+    made = []
+
+    def predict(model: str, name: str, arm: str, budget: str | None) -> list[str]:
+        made.append((name, arm))
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return [model, paper_table2.title(name, arm), "1", "2", "3", "4"]
+
+    monkeypatch.setattr(paper_table2, "predict", predict)
+    out = tmp_path / "table.md"
+    options = ["--models", "t5-base", "--out", str(out), "--resume"]
+    with pytest.raises(KeyboardInterrupt):
+        paper_table2.main(options)
+    assert made == [("exact", "eager"), ("exact", "inductor"), ("0.3", "wtacrs")]
+    paper_table2.main(options)
+    assert made[3:] == [("0.3", "wtacrs"), ("0.1", "wtacrs"), ("LoRA, 0.3", "wtacrs"), ("LoRA, 0.1", "wtacrs")]
+    assert out.read_text().count("t5-base") == 6

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 import wtacrs_fx
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import measure
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.inductor import ORDERED
@@ -17,7 +17,7 @@ from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
 from wtacrs_fx.passes.liveness import timeline
-from wtacrs_fx.passes.planner import Planner
+from wtacrs_fx.passes.planner import TARGETS, Planner
 from wtacrs_fx.passes.segments import find_segments, forward_nodes, merge
 from wtacrs_fx.passes.sites import graph_outputs
 from wtacrs_fx.passes.work import REPLANS, Work
@@ -312,6 +312,15 @@ class TestPlanner:
         bounded = planner.least_peak(1.1 * keep.seconds)
         assert bounded.seconds <= 1.1 * keep.seconds
         assert bounded.peak < keep.peak
+
+    def test_targets_above_a_peak_that_was_reached_are_not_searched(self):
+        lazy, full = self.planner(4), self.planner(4)
+        while full._targets():
+            full._search(full._open.pop())
+        bound = 1.1 * full.keep.seconds
+        assert lazy.least_peak(bound).peak == full.least_peak(bound).peak
+        assert 0 < len(lazy._open) < TARGETS - 1
+        assert len(lazy._pool) < len(full._pool)
 
 
 class TestMemoryModel:

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 
-from wtacrs_fx import Config, rng
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import Config, measure, rng
 from wtacrs_fx.functional import RowSampler
 
 from helpers import SMALL, Moments

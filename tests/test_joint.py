@@ -8,8 +8,7 @@ from torch.fx import symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import wtacrs_fx
-from wtacrs_fx import WtacrsWarning
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import WtacrsWarning, measure
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.tangents import find_tangents, match_gradients
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import wtacrs_fx
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import measure
 
 from helpers import SMALL, Transformer, transformer_batch
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wtacrs_fx import Backend
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import Backend, measure
+from wtacrs_fx.passes.pack import hoist
 from wtacrs_fx.rounding import pack, unpack
 
 from helpers import SMALL, Recorder, Transformer, gradients, transformer_batch
@@ -117,3 +117,21 @@ def test_symbolic_sizes_are_left_alone():
     for batch in (8, 5):
         gradients(model, *transformer_batch(batch), call=compiled)
     assert backend.ledger.compressed == ()
+
+
+def test_a_mask_is_computed_where_its_inputs_are():
+    """As behind a LoRA layer: the mask is of a sum of two products, and was traced with the backward."""
+    graph = torch.fx.Graph()
+    x, w = (graph.placeholder(n) for n in ("x", "w"))
+    aten = torch.ops.aten
+    total = graph.call_function(aten.add.Tensor, tuple(graph.call_function(aten.mm.default, (x, w)) for _ in "ab"))
+    relu = graph.call_function(aten.relu.default, (total,))
+    last = graph.call_function(aten.mm.default, (relu, w))
+    mask = graph.call_function(aten.le.Scalar, (relu, 0))
+    graph.output((last, mask))
+    hoist(mask, {n: i for i, n in enumerate(graph.nodes)})
+    graph.lint()
+    assert relu.next is mask
+    assert mask.next is last
+    hoist(mask, {n: i for i, n in enumerate(graph.nodes)})
+    assert relu.next is mask

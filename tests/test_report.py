@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import wtacrs_fx
+from wtacrs_fx import measure
 from wtacrs_fx.backend import Partitioner, dynamo_names
-from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import compile_inductor

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 import wtacrs_fx
-from wtacrs_fx import WtacrsWarning
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import WtacrsWarning, measure
 from wtacrs_fx.functional import RowSampler
 from wtacrs_fx.passes.mutation import count_mutations, value_key
 

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wtacrs_fx import Backend, Ledger
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import Backend, Ledger, measure
 
 from helpers import Moments, Recorder, Transformer, calls, gradients, transformer_batch
 

@@ -10,8 +10,7 @@ from torch.fx import symbolic_trace
 from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
-from wtacrs_fx import WtacrsWarning
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import WtacrsWarning, measure
 from wtacrs_fx.swap import SampledLinear
 
 from helpers import SMALL, Block, Moments, Transformer, gradients, transformer_batch

@@ -10,8 +10,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from wtacrs_fx import measure
 from wtacrs_fx.backend import Backend
-from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.tracing import Batch, call, starts

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wtacrs_fx import measure
 from wtacrs_fx.backend import Backend
-from wtacrs_fx.benchmarks import measure
 from wtacrs_fx.demo_data import Review, read_reviews, split
 
 COMMAND = ("-m", "wtacrs_fx.demo_arm")

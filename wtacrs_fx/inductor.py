@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from wtacrs_fx.order import GraphOrder
+from wtacrs_fx.roomy import roomy
 
 if TYPE_CHECKING:
     from wtacrs_fx.backend import Partitioner
@@ -29,6 +30,7 @@ _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 """Pure functions of ``torch._inductor.sizevars`` that C++ code generation asks again and again."""
 
 
+@roomy
 def compile_inductor(
     gm: GraphModule,
     example_inputs: Sequence[Any],

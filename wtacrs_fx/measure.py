@@ -1,4 +1,4 @@
-"""The one place that measures memory and time, for the demo and every benchmark.
+"""The one place that measures memory and time, for the check, the demo and every benchmark.
 
 Memory of the activations is counted in bytes that exist, not estimated: held (what autograd keeps between forward and
 backward), peak (the largest sum of live bytes during a step) and resident (what the operating system gave the process).
