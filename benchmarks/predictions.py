@@ -7,16 +7,17 @@ model becomes a JSON file under ``predictions/``, and a model that has one is no
 """
 
 import argparse
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
-from wtacrs_fx import Backend
-from wtacrs_fx.benchmarks import measure
+from wtacrs_fx import Backend, measure
 from wtacrs_fx.benchmarks.families import VOCABULARY
 from wtacrs_fx.benchmarks.options import memory_budget
 from wtacrs_fx.presets import build
@@ -90,9 +91,9 @@ def measure_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
         torch._dynamo.reset()
         budget = None if arm == "inductor" else memory_budget(arm)
         backend = Backend(ratio=1.0 if arm == "inductor" else args.ratio, memory_budget=budget)
-        call = torch.compile(model, backend=backend, dynamic=False)
-        call(**batch).loss.backward()
-        found = measure.peaks(lambda call=call: call(**batch).loss.backward(), model)
+        step = functools.partial(_step, torch.compile(model, backend=backend, dynamic=False), batch)
+        step()
+        found = measure.peaks(step, model)
         ledger = backend.ledger
         predicted = ledger.predicted_exact if arm == "inductor" else ledger.predicted
         assert predicted is not None
@@ -105,6 +106,10 @@ def measure_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "environment": measure.environment(),
         "arms": arms,
     }
+
+
+def _step(call: Callable[..., Any], batch: Mapping[str, Tensor]) -> None:
+    call(**batch).loss.backward()
 
 
 def render(results: list[dict[str, Any]]) -> str:

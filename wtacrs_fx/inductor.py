@@ -42,6 +42,7 @@ def compile_inductor(
     place of Inductor for the partitioned graphs."""
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    @roomy
     def with_inductor(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Of the forward or the backward, once the partitioner has run."""
         with torch._inductor.config.patch(partition_fn.inductor), known_results():
