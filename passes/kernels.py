@@ -6,6 +6,7 @@ reused and reads more than a few buffers itself (Inductor's thresholds). Everyth
 it reads alive until its reader has run.
 """
 
+import copy
 import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
@@ -64,6 +65,12 @@ class Facts:
     def _inputs(self, node: Node) -> tuple[Node, ...]:
         """View bases of the node's inputs, each once."""
         return tuple(dict.fromkeys(map(self.base, node.all_input_nodes)))
+
+    def resized(self, sizes: Mapping[Node, int]) -> "Facts":
+        """The same, but for tensors that take other bytes than their type says (codes of few bits)."""
+        other = copy.copy(self)
+        other.bytes = lambda node: sizes[node] if node in sizes else self.bytes(node)  # type: ignore[assignment]
+        return other
 
     def seconds(self, kernel: Kernel, roofline: Roofline) -> float:
         """Predicted run time of a kernel."""
