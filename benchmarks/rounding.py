@@ -1,29 +1,37 @@
 """Rounding and packing: held bytes, peak, step time and error for 8, 4 and 2 bits, beside Inductor's default.
 
-    python -m wtacrs_fx.benchmarks.rounding --families bert llama --layers 6 --batch-size 16 --out benchmarks/results
+    python -m wtacrs_fx.benchmarks.rounding --families bert llama --dtype float32 bfloat16 --out benchmarks/results
 
-Arms share their parameters and are timed alternately in one process; compare medians. Errors are relative squared errors
-of the gradients of one step with the dropout masks of Inductor's default: median and largest over the parameters, and per
-parameter in the JSON file.
+Arms share their parameters, and each is timed alternately with Inductor in one process; compare the ratios of medians.
+Errors are relative squared errors of the gradients of one step with the dropout masks of Inductor's default: median and
+largest over the parameters, and per parameter in the JSON file. "torch" arms are PyTorch's own
+``activation_quantization_aten_pass``, which casts what is saved to 8-bit floating point.
+
+A file per model is written after every arm. Arms that are in it already are not measured again, so that an interrupted run
+goes on where it was; delete the file to start afresh. Arms measured on different machines are not mixed: that is an error.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
 
 from wtacrs_fx import Backend, measure
-from wtacrs_fx.benchmarks.families import FAMILIES
-from wtacrs_fx.benchmarks.frontier import Arm
+from wtacrs_fx.benchmarks.families import FAMILIES, Batch
+from wtacrs_fx.benchmarks.frontier import Arm, Trained
 from wtacrs_fx.benchmarks.options import add_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 NO_GRADIENT = 1e-16
 """Mean square below which a gradient is zero but for rounding of floating point (biases of keys)."""
 
@@ -31,7 +39,7 @@ NO_GRADIENT = 1e-16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(DTYPES))
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 2], choices=[8, 4, 2])
     parser.add_argument("--only", default=".*", help="arms whose name matches this pattern; Inductor is always there")
     add_shape(parser, layers=6, batch_size=16)
@@ -39,10 +47,9 @@ def main() -> None:
     args = parser.parse_args()
     (args.out / "rounding").mkdir(parents=True, exist_ok=True)
     for family in args.families:
-        torch._dynamo.reset()
-        result = measure_family(family, args)
-        name = f"{family}_{args.dtype}_{args.layers}_{args.batch_size}x{args.length}.json"
-        (args.out / "rounding" / name).write_text(json.dumps(result, indent=1) + "\n")
+        for dtype in args.dtype:
+            name = f"{family}_{dtype}_{args.layers}_{args.batch_size}x{args.length}.json"
+            measure_family(family, dtype, args, args.out / "rounding" / name)
     results = [json.loads(f.read_text()) for f in sorted((args.out / "rounding").glob("*.json"))]
     text = render(results)
     (args.out / "rounding.md").write_text(text + "\n")
@@ -59,41 +66,82 @@ def arms(args: argparse.Namespace) -> list[Arm]:
                 name = f"{bits} bits" + (", attention" if fused else "") + (f", rows {ratio:g}" if ratio < 1 else "")
                 options = {**common, "round_bits": bits, "round_fused_attention": fused, "ratio": ratio}
                 found.append(Arm(name, Backend(**options)))
+    found += [Arm(f"torch {dtype}", torch_float8(dtype)) for dtype in ("float8_e4m3fn", "float8_e5m2")]
     return [Arm("inductor"), *(a for a in found if re.search(args.only, a.name))]
 
 
-def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All arms of one model: memory and gradients first, arm by arm, then times side by side."""
-    torch.manual_seed(0)
-    model, batch = FAMILIES[family](args.layers, args.batch_size, args.length)
-    model.train().to(DTYPES[args.dtype])
-    results: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Callable[[], None]] = {}
-    exact: dict[str, Tensor] = {}
-    chosen = arms(args)
-    with torch._dynamo.config.patch(recompile_limit=4 * len(chosen), accumulated_recompile_limit=10_000):
-        for arm in chosen:
-            print(f"{family}: {arm.name}", flush=True)
-            trained = arm.build(model, batch)
-            results[arm.name] = {**trained.memory()}
-            grads = trained.gradients()
-            exact = exact or {n: g for n, g in grads.items() if float(g.float().square().mean()) > NO_GRADIENT}
-            results[arm.name]["errors"] = {n: measure.relative_error(grads, {n: g}) for n, g in exact.items()}
-            if isinstance(arm.backend, Backend):
-                results[arm.name]["predicted"] = vars(arm.backend.ledger.predicted)
-            steps[arm.name] = trained.step
-        print(f"{family}: times", flush=True)
-        for name, times in measure.alternate(steps, args.repeats, warmup=1).items():
-            results[name] |= {"seconds": times.seconds, "median": times.median}
-    return {
+def torch_float8(dtype: str) -> Callable[[GraphModule, Sequence[Any]], Any]:
+    """Inductor with PyTorch's own pass: saved tensors of at least 64 KiB (as ``min_bytes``) are cast to 8 bits."""
+    options = {
+        "quant_type": f"torch.{dtype}",
+        "allowed_dtypes": "torch.float32;torch.bfloat16",
+        "size_in_mb": 0.0625,
+        "use_scaling": True,
+        "exclude_primals": True,
+    }
+
+    def backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+        with inductor_config.patch(post_grad_fusion_options={"activation_quantization_aten_pass": options}):
+            return compile_fx(gm, inputs)
+
+    return backend
+
+
+def measure_family(family: str, dtype: str, args: argparse.Namespace, path: Path) -> None:
+    """All arms of one model that its file does not have.
+
+    Raises: RuntimeError, if the file was measured under other conditions.
+    """
+    environment = measure.environment()
+    result: dict[str, Any] = {
         "family": family,
-        "dtype": args.dtype,
+        "dtype": dtype,
         "layers": args.layers,
         "batch_size": args.batch_size,
         "length": args.length,
-        "environment": measure.environment(),
-        "arms": results,
+        "environment": environment,
+        "arms": {},
     }
+    if path.exists():
+        result = json.loads(path.read_text())
+        if result["environment"] != environment:
+            raise RuntimeError(f"{path} was measured with {result['environment']}, this is {environment}: delete it.")
+    chosen = [a for a in arms(args) if a.name not in result["arms"]]
+    if not chosen:
+        return
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, batch = FAMILIES[family](args.layers, args.batch_size, args.length)
+    model.train().to(DTYPES[dtype])
+    with torch._dynamo.config.patch(recompile_limit=4 * len(chosen) + 4, accumulated_recompile_limit=10_000):
+        base = Arm("inductor").build(model, batch)
+        grads = base.gradients()
+        exact = {n: g for n, g in grads.items() if float(g.float().square().mean()) > NO_GRADIENT}
+        for arm in chosen:
+            print(f"{family}, {dtype}: {arm.name}", flush=True)
+            result["arms"][arm.name] = measure_arm(arm, model, batch, base, exact, args.repeats)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure_arm(
+    arm: Arm, model: nn.Module, batch: Batch, base: Trained, exact: dict[str, Tensor], repeats: int
+) -> dict[str, Any]:
+    """Memory, errors and times of one arm, and the time of Inductor's default beside it; or why it failed."""
+    try:
+        trained = base if arm.backend == "inductor" else arm.build(model, batch)
+        found: dict[str, Any] = {**trained.memory()}
+        grads = trained.gradients()
+    except Exception as error:  # (a pass of torch's own that does not run here is a result)
+        if isinstance(arm.backend, Backend):
+            raise
+        return {"error": str(error).strip().splitlines()[0]}
+    found["errors"] = {n: measure.relative_error(grads, {n: g}) for n, g in exact.items()}
+    if isinstance(arm.backend, Backend):
+        found["predicted"] = vars(arm.backend.ledger.predicted)
+    steps = {"inductor": base.step} | ({} if trained is base else {arm.name: trained.step})
+    times = measure.alternate(steps, repeats, warmup=1)
+    found |= {"seconds": times[arm.name].seconds, "median": times[arm.name].median}
+    return found | {"inductor_median": times["inductor"].median}
 
 
 def render(results: list[dict[str, Any]]) -> str:
@@ -117,6 +165,9 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         base = result["arms"]["inductor"]
         for name, arm in result["arms"].items():
+            if "error" in arm:
+                rows.append((result["family"], result["dtype"], name, f"failed: {arm['error']}", "", "", "", ""))
+                continue
             errors = sorted(arm["errors"].values())
             rows.append(
                 (
@@ -125,7 +176,7 @@ def table(results: list[dict[str, Any]]) -> str:
                     name,
                     f"{arm['held_bytes'] / base['held_bytes']:.2f}",
                     f"{arm['activation_peak_bytes'] / base['activation_peak_bytes']:.2f}",
-                    f"{arm['median'] / base['median']:.2f}",
+                    f"{arm['median'] / arm.get('inductor_median', base['median']):.2f}",
                     f"{errors[len(errors) // 2]:.1e}",
                     f"{errors[-1]:.1e}",
                 )

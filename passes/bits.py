@@ -3,15 +3,15 @@
 import fnmatch
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
 from wtacrs_fx.config import Config
-from wtacrs_fx.passes.factors import Shared, is_cheap
+from wtacrs_fx.passes.factors import Shared, ancestry, is_cheap
 from wtacrs_fx.passes.kernels import buffer_bytes, is_library_call
-from wtacrs_fx.passes.kinds import draws
+from wtacrs_fx.passes.kinds import Kind, draws
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounding
 from wtacrs_fx.passes.sites import module_of
@@ -25,6 +25,39 @@ _RANGES: Mapping[torch._ops.OpOverload, tuple[float, float]] = {
     aten.sigmoid_backward.default: (0.0, 0.25),
 }
 """Ranges of derivatives, rounded outwards. (gelu'(x) is largest at sqrt 2: 1.12890.)"""
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """A tensor that can be held in few bits, in the place of what the backward computes it from."""
+
+    tensor: Node
+    bytes: int
+    """Of codes and scales."""
+    replaced: frozenset[Node]
+    """Linear functions of the tensor that the backward then computes from the codes."""
+    sources: frozenset[Node]
+    """Saved tensors that the backward computes its factors from without."""
+
+
+def substitutes(
+    roundings: Iterable[Rounding], saved: Collection[str], kinds: Mapping[Node, Kind], nodes: Mapping[str, Node]
+) -> list[Substitute]:
+    """Roundings as a planner of the memory sees them.
+
+    Args:
+        roundings, saved: as for :func:`worthwhile`.
+        kinds: of the roundings' graph.
+        nodes: of the planner's graph, by name.
+    """
+    result = []
+    for r in roundings:
+        lineages = [ancestry(f.operand, kinds) for f in r.factors]
+        replaced = {n for lineage in lineages for n in lineage[: lineage.index(r.tensor)]}
+        mapped = (frozenset(nodes[n.name] for n in found if n.name in nodes) for found in (replaced, sources(r, saved)))
+        if r.tensor.name in nodes:
+            result.append(Substitute(nodes[r.tensor.name], r.bytes, *mapped))
+    return result
 
 
 def rows_or_bits(plan: Sequence[Decision], config: Config) -> list[Decision]:

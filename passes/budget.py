@@ -113,6 +113,11 @@ class Goal:
             return planner.least_peak(self.seconds)
         return planner.keep if planner.keep.peak <= self.peak else planner.fastest(int(self.peak))
 
+    def rank(self, reached: "Prediction | Plan") -> tuple[float, float, float]:
+        """What is better has a lower rank: by what the goal is missed; then what it asks to be least, and the other one."""
+        peak, seconds = float(reached.peak), reached.seconds
+        return max(0.0, self.missed_by(reached)), *((peak, seconds) if self.peak == math.inf else (seconds, peak))
+
     def missed_by(self, reached: "Prediction | Plan") -> float:
         """By which share of the goal something is above it; not positive where it is met."""
         return max(reached.peak / self.peak, reached.seconds / self.seconds) - 1

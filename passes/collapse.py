@@ -12,9 +12,11 @@ After (the same up to rounding of floating point)::
     mul_4: f32 = mul_3 * add                              mul_4 held
     mul_2: f32 = g * mul_4
 
-So for a derivative that is written out as a sum over several ways: ``g * a + (g * b) * c`` becomes ``g * (a + b * c)``.
+So for a derivative that is written out as a sum over several ways: ``g * a + (g * b) * c`` becomes ``g * (a + b * c)``; and
+as a choice of one (softplus): ``where(mask, g, (g * b) / c)`` becomes ``g * where(mask, 1, b / c)``.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -29,7 +31,22 @@ from wtacrs_fx.passes.kinds import Kind
 aten = torch.ops.aten
 
 Expression: TypeAlias = "Node | float | tuple[Any, Expression, Expression]"
-"""An activation, a number, or (operation, left, right)."""
+"""An activation, a number, or (operation, left, right); a mask as the operation chooses."""
+
+
+_PRODUCTS: Mapping[Any, Any] = {
+    aten.mul.Tensor: aten.mul.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.div.Tensor: aten.div.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
+}
+
+_NUMBERS: Mapping[Any, Any] = {
+    aten.mul.Tensor: operator.mul,
+    aten.div.Tensor: operator.truediv,
+    aten.add.Tensor: operator.add,
+    aten.sub.Tensor: operator.sub,
+}
 
 
 @dataclass(frozen=True)
@@ -76,21 +93,24 @@ def _scaled(node: Node, scaled: Mapping[Node, Scaled], kinds: Mapping[Node, Kind
     if any(g.meta["val"].dtype != node.meta["val"].dtype for g in gradients):
         return itself
     first = scaled[gradients[0]]
-    if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(gradients) == 2:
+    if node.target in (aten.add.Tensor, aten.sub.Tensor, aten.where.self) and len(gradients) == 2:
         second = scaled[gradients[1]]
         if first.root is not second.root:
             return itself
-        sum_ = (node.target, first.coefficient, second.coefficient)
-        return Scaled(first.root, sum_, first.factors + second.factors)
+        factors = first.factors + second.factors
+        if node.target is aten.where.self:  # (of numbers alone the mask is the smaller thing to hold)
+            return Scaled(first.root, (node.args[0], first.coefficient, second.coefficient), factors + bool(factors))
+        return Scaled(first.root, (node.target, first.coefficient, second.coefficient), factors)
     if node.target is aten.neg.default:
         return Scaled(first.root, (aten.mul.Tensor, first.coefficient, -1.0), first.factors)
-    if node.target not in (aten.mul.Tensor, aten.mul.Scalar) or len(gradients) != 1:
+    operation = _PRODUCTS.get(node.target)
+    if operation is None or len(gradients) != 1 or (operation is aten.div.Tensor and node.args[0] is not gradients[0]):
         return itself
     other: Any = node.args[1] if node.args[0] is gradients[0] else node.args[0]
     if isinstance(other, (int, float)):
-        return Scaled(first.root, (aten.mul.Tensor, first.coefficient, float(other)), first.factors)
+        return Scaled(first.root, (operation, first.coefficient, float(other)), first.factors)
     if is_rounded(other) and other.meta["val"].shape == shape and not is_cheap(other, shape.numel()):
-        return Scaled(first.root, (aten.mul.Tensor, first.coefficient, other), first.factors + 1)
+        return Scaled(first.root, (operation, first.coefficient, other), first.factors + 1)
     return itself
 
 
@@ -100,18 +120,28 @@ def _emit(emit: Emitter, expression: Expression, kinds: dict[Node, Kind]) -> Any
         return expression
     operation, left, right = expression
     left, right = _emit(emit, left, kinds), _emit(emit, right, kinds)
+
+    def make(target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = emit(target, *args, **kwargs)
+        kinds[node] = Kind.ACTIVATION
+        return node
+
     numbers = [x for x in (left, right) if not isinstance(x, Node)]
+    if isinstance(operation, Node):
+        like = emit.like.meta["val"]
+        left, right = (
+            x if isinstance(x, Node) else make(aten.full.default, [], x, dtype=like.dtype, device=like.device)
+            for x in (left, right)
+        )
+        return make(aten.where.self, operation, left, right)
     if operation is aten.mul.Tensor and 1.0 in numbers:
         return right if left == 1.0 else left
     if len(numbers) == 2:
-        signs = {aten.mul.Tensor: left * right, aten.add.Tensor: left + right, aten.sub.Tensor: left - right}
-        return signs[operation]
+        return _NUMBERS[operation](left, right)
     if not isinstance(left, Node):  # (an operation's first argument is a tensor)
         if operation is aten.sub.Tensor:
-            left, right, operation = emit(aten.neg.default, right), left, aten.add.Tensor
-            kinds[left] = Kind.ACTIVATION
-        else:
-            left, right = right, left
-    node = emit(operation, left, right)
-    kinds[node] = Kind.ACTIVATION
-    return node
+            return make(aten.add.Tensor, make(aten.neg.default, right), left)
+        if operation is aten.div.Tensor:
+            return make(aten.mul.Tensor, make(aten.reciprocal.default, right), left)
+        left, right = right, left
+    return make(operation, left, right)

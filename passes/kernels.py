@@ -6,6 +6,7 @@ reused and reads more than a few buffers itself (Inductor's thresholds). Everyth
 it reads alive until its reader has run.
 """
 
+import copy
 import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
@@ -97,6 +98,12 @@ class Facts:
             for base in inputs:
                 users.setdefault(base, []).append(node)
         return Layout(tuple(calls), users, epoch, written | _gathered(calls, users, self))
+
+    def resized(self, sizes: Mapping[Node, int]) -> "Facts":
+        """The same, but for tensors that take other bytes than their type says (codes of few bits)."""
+        other = copy.copy(self)
+        other.bytes = lambda node: sizes[node] if node in sizes else self.bytes(node)  # type: ignore[assignment]
+        return other
 
     def seconds(self, kernel: Kernel, roofline: Roofline) -> float:
         """Predicted run time of a kernel."""

@@ -101,7 +101,7 @@ def explore(
     result: list[tuple[str, Plan, bool]] = []
     for arm, work in (("exact", exact), ("sampled", sampled)):
         work.first_cut()
-        planner = work.planner()
+        planner = work.planners()[0 if work is exact else -1]  # (the last one rounds)
         keep, least = planner.keep, planner.least_peak(math.inf)
         step = (keep.peak - least.peak) / max(1, points - 1)
         plans = [keep, *(planner.fastest(int(keep.peak - i * step)) for i in range(1, points - 1)), least]

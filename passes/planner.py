@@ -1,8 +1,9 @@
 """Decide which parts of the forward the backward computes again: least predicted time under a peak, or least peak under a
 time.
 
-Choices per segment: keep what the partition without recomputation saves; or save only what the segment before hands on,
-and perhaps the results of some of its own matrix products, and compute the rest again just in time. The backward of
+Choices per segment: keep what the partition without recomputation saves; or keep it in few bits, where it can be rounded;
+or save only what the segment before hands on, and perhaps the results of some of its own matrix products, and compute the
+rest again just in time. The backward of
 segment s runs while the tensors of all segments before it are held, so choices o_s fit a peak B if
 
     sum over j < s of held(j, o_j) + working(s, o_s) <= B    for every s,
@@ -15,14 +16,16 @@ and seconds of every choice come from simulations in which all segments choose a
 PyTorch's knapsack solvers do not fit: they bound the sum of all bytes held, not the peak.
 """
 
+import copy
 import functools
 import math
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from wtacrs_fx.passes.bits import Substitute
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tensor
@@ -58,6 +61,8 @@ class Choice:
     """Nodes that the backward computes again; empty: keep."""
     kept: tuple[Node, ...] = ()
     """Tensors inside a recomputed segment that are saved all the same."""
+    rounded: tuple[Substitute, ...] = ()
+    """What is kept in few bits."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ class Costs:
     seconds: float
 
 
-Run = tuple[Timeline, set[Node], set[Node]]
-"""Timeline of the backward, tensors held for it, and nodes that it computes again."""
+Run = tuple[Timeline, set[Node], set[Node], Facts]
+"""Timeline of the backward, tensors held for it, nodes that it computes again, and what is known about the nodes."""
 
 Table = list[list[tuple[Choice, Costs]]]
 """Per segment its choices and their costs."""
@@ -92,6 +97,11 @@ class Plan:
     def recomputed(self) -> frozenset[Node]:
         """Nodes that the backward computes again."""
         return frozenset().union(*(c.recomputed for c in self.choices))
+
+    @property
+    def rounded(self) -> frozenset[Node]:
+        """Tensors that are kept in few bits."""
+        return frozenset(s.tensor for c in self.choices for s in c.rounded)
 
     @property
     def starts(self) -> dict[Node, str]:
@@ -133,19 +143,32 @@ class Planner:
         self.outputs = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
         self.gradients = {view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)}
         self.facts, self.order = Facts(), JointOrder(graph, num_fwd_outputs)
+        self.substitutes: dict[Node, list[Substitute]] = {}
         self._tables: dict[int, Table] = {}
         self._pool: list[Plan] = []
         self._open: list[int] = []
+
+    def rounding(self, substitutes: Iterable[Substitute]) -> "Planner":
+        """The same planner with one choice more: a segment's tensors in few bits. Nothing that it recomputes is rounded."""
+        other = copy.copy(self)
+        other.substitutes, other._tables, other._pool = {}, {}, []
+        position = {n: i for i, n in enumerate(self.forward)}
+        for s in substitutes:
+            places = [n for n in (s.tensor, *s.sources) if n in position]
+            if places:
+                other.substitutes.setdefault(max(places, key=position.__getitem__), []).append(s)
+        return other
 
     def simulate(self, choices: Sequence[Choice]) -> Plan:
         """Predicted peak, time and held bytes of a combination."""
         return self._judge(choices, self._run(choices, self.reuse))
 
     def _judge(self, choices: Sequence[Choice], run: Run) -> Plan:
-        line, given, again = run
-        forward = timeline(self.forward, (), self.outputs | given, facts=self.facts)
-        seconds = line.seconds(self.roofline, self.facts) + forward.seconds(self.roofline, self.facts)
-        held = sum(map(self.facts.bytes, given))
+        line, given, again, facts = run
+        forward = timeline(self.forward, (), self.outputs | given, facts=facts)
+        seconds = line.seconds(self.roofline, facts) + forward.seconds(self.roofline, facts)
+        seconds += sum(map(self._rounding_seconds, choices))
+        held = sum(map(facts.bytes, given))
         return Plan(tuple(choices), max(line.activation_peak, forward.peak), seconds, held, frozenset(again))
 
     @functools.cached_property
@@ -232,35 +255,54 @@ class Planner:
         are plans too."""
         if size not in self._tables:
             options = [self.choices(s) for s in merge(self.segments, size)]
+            alike = [[o[min(level, len(o) - 1)] for o in options] for level in range(max(map(len, options)))]
+            if self.substitutes:
+                alike.append([self._rounded(o[0]) for o in options])
             table: Table = [[] for _ in options]
-            for level in range(max(map(len, options))):
-                uniform = [o[min(level, len(o) - 1)] for o in options]
+            for uniform in alike:
                 run = self._run(uniform, False)  # what is kept for reuse fills up room that there is
-                if level and not self.reuse:
+                if uniform is not alike[0] and not self.reuse:
                     self._pool.append(self._judge(uniform, run))
-                for i, costs in enumerate(self._costs(uniform, run)):
-                    if level < len(options[i]):
-                        table[i].append((uniform[i], costs))
+                for row, choice, costs in zip(table, uniform, self._costs(uniform, run)):
+                    if all(choice is not known for known, _ in row):
+                        row.append((choice, costs))
             self._tables[size] = table
         return self._tables[size]
 
+    def _rounded(self, keep: Choice) -> Choice:
+        """What is kept in few bits, where it can be; the same choice where nothing can."""
+        found = tuple(s for n in keep.segment.nodes for s in self.substitutes.get(n, ()))
+        return Choice(keep.segment, rounded=found) if found else keep
+
+    def _rounding_seconds(self, choice: Choice) -> float:
+        """Time of rounding: each tensor is read for its range and once more for its codes."""
+        moved = sum(2 * self.facts.bytes(view_base(s.tensor)) + s.bytes for s in choice.rounded)
+        return self.roofline.seconds(0, moved)
+
     def _run(self, choices: Sequence[Choice], reuse: bool | None = None) -> Run:
-        reuse = not any(c.recomputed for c in choices) if reuse is None else reuse
+        reuse = not any(c.recomputed or c.rounded for c in choices) if reuse is None else reuse
         recomputed = self.fixed.union(*(c.recomputed for c in choices))
         kept = {view_base(n) for c in choices for n in c.kept}
-        saved = (self.saved - recomputed) | _handed_on(choices) | kept
-        backward = self.order.backward(saved)
+        whole = _handed_on(choices) | kept
+        rounded = [s for c in choices for s in c.rounded]
+        replaced = recomputed.union(*(s.replaced for s in rounded))
+        backward = self.order.backward((self.saved - replaced) | whole | {s.tensor for s in rounded})
         given = set(backward.reads - self.weights)
-        line = timeline(backward.nodes, given, self.gradients, self.gradients, self.facts, reuse=reuse)
-        return line, given, set(backward.nodes).intersection(self.forward)
+        facts = self.facts
+        if rounded:
+            bases = {view_base(s.tensor): s.bytes for s in rounded}
+            facts = facts.resized({n: size + facts.bytes(n) * (n in whole) for n, size in bases.items()})
+        line = timeline(backward.nodes, given, self.gradients, self.gradients, facts, reuse=reuse)
+        return line, given, set(backward.nodes).intersection(self.forward), facts
 
     def _costs(self, choices: Sequence[Choice], run: Run) -> list[Costs]:
-        line, given, again = run
-        owner = {n: i for i, c in enumerate(choices) for n in c.segment.nodes}
+        line, given, again, facts = run
+        owner = {n: i for i, c in enumerate(choices) for n in (*c.segment.nodes, *(s.tensor for s in c.rounded))}
         handed_on = {b for c in choices for b in c.segment.handed_on}
-        held, working, seconds = [0] * len(choices), [0] * len(choices), [0.0] * len(choices)
+        held, working = [0] * len(choices), [0] * len(choices)
+        seconds = [*map(self._rounding_seconds, choices)]
         for base in given:
-            held[owner.get(base, 0)] += self.facts.bytes(base)
+            held[owner.get(base, 0)] += facts.bytes(base)
         before = [sum(held[:i]) for i in range(len(choices))]
         current = len(choices) - 1
         for kernel, live, resident in zip(line.kernels, line.live, line.resident):
@@ -268,7 +310,7 @@ class Planner:
             current = min([current, *touched])
             working[current] = max(working[current], live - resident - before[current])
             if kernel.node in again:
-                seconds[owner.get(kernel.node, current)] += self.facts.seconds(kernel, self.roofline)
+                seconds[owner.get(kernel.node, current)] += facts.seconds(kernel, self.roofline)
         return [Costs(h, max(w, h), s) for h, w, s in zip(held, working, seconds)]
 
     def _combine(self, table: Table, peak: int) -> tuple[float, list[Choice]] | None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch._functorch.compile_utils import fx_graph_cse
@@ -12,7 +12,7 @@ import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.account import build_ledger, fused_entry, packed_entries, rounded_entries, saved_bytes
-from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, worthwhile
+from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
@@ -121,7 +121,7 @@ class Work:
                 self._meet_budget()
             else:
                 self._settle()
-        if self.config.round_bits is not None:
+        if self.config.round_bits is not None and not budget:
             self._round()
         if self.best is self.exact:
             self.best = copy_joint(self.exact[0])[0], copy_joint(self.exact[1])[0]
@@ -134,26 +134,44 @@ class Work:
             module.recompile()  # once for all changes
 
     def _meet_budget(self) -> None:
-        """Plan what is recomputed, cut, and look at the result, to which settled sites and the cut itself have added. Where
-        it misses the budget, plan again for as much less."""
-        planner, goal = self.planner(), Goal.of(self.config, self.prediction)
-        least = planner.least_peak(math.inf)
-        feasible = goal.plan(planner) is not None
-        if not feasible:
+        """Plan what is recomputed, and what is rounded; of the finished partitions, with rounding and without, the one that
+        serves the budget best is taken."""
+        goal = Goal.of(self.config, self.prediction)
+        planners = self.planners()
+        plans = [goal.plan(p) for p in planners]
+        able = [(p, plan) for p, plan in zip(planners, plans) if plan is not None]
+        if not able:
+            able = [(p, p.least_peak(math.inf)) for p in planners]
+            least = min((plan for _, plan in able), key=lambda plan: plan.peak)
             report_miss(least, least.held, self.prediction, self.config, bool(self.users))
+        # (what the second planner does not round, the first one has planned too)
+        found = [self._planned(p, plan, goal) for i, (p, plan) in enumerate(able) if i == 0 or plan.rounded]
+        lower = goal.peak == math.inf or goal.missed_by(found[0].predicted()) > 0
+        if lower and self.config.round_bits is not None and not found[0].roundings:
+            found.append(copy.copy(found[0]))  # what its plan leaves to save can still be rounded
+            found[-1]._round()
+        work = min(found, key=lambda w: goal.rank(w.predicted()))
+        vars(self).update(vars(work))
+        if goal.missed_by(self.predicted()) > 0 and goal.peak < math.inf and any(plans):
+            report_miss(self.predicted(), self._held(self.best), self.prediction, self.config, bool(self.users))
+
+    def _planned(self, planner: Planner, plan: Plan, goal: Goal) -> "Work":
+        """Do as planned, cut, and look at the result, to which settled sites and the cut itself have added. Where it misses
+        the budget, plan again for as much less."""
+        least = planner.least_peak(math.inf)
         aim, tried = goal, []
         for _ in range(REPLANS):
             work = copy.copy(self)
-            work._recompute(aim.plan(planner) or least)
+            work._recompute(plan)
             work._settle()
+            if plan.rounded:
+                work._round({n.name for n in plan.rounded})
             tried.append((goal.missed_by(work.predicted()), work))
-            if tried[-1][0] <= 0 or work.recomputation is least:
+            if tried[-1][0] <= 0 or plan is least:
                 break
             aim = aim.tighter(tried[-1][0])
-        missed, work = min(tried, key=lambda t: t[0])
-        vars(self).update(vars(work))
-        if missed > 0 and goal.peak < math.inf and feasible:
-            report_miss(self.predicted(), self._held(self.best), self.prediction, self.config, bool(self.users))
+            plan = aim.plan(planner) or least
+        return min(tried, key=lambda t: t[0])[1]
 
     def _settle(self) -> None:
         """Revise the sites in the light of the last cut, and cut again as often as that changes something."""
@@ -166,13 +184,17 @@ class Work:
             self._improve(revised, changed)
         self._improve(*retreat(self.plan, {n.name for n in self.best[1].graph.nodes}, self.config))
 
-    def _round(self) -> None:
-        """Round what the last cut saves for products with gradients, revise the sites, and take back what did not pay."""
-        before, work = self._saved(), copy.copy(self)
+    def _roundings(self, plan: Sequence[Decision]) -> list[Rounding]:
+        """Of what the last cut saves for products with gradients, when sites are sampled as planned."""
         factors = find_factors(self.joint.graph.nodes, self.kinds, fused_attention=self.config.round_fused_attention)
-        work.plan = rows_or_bits(self.plan, self.config)
         exact = self.recomputed | self.starts.keys()
-        roundings = decide_roundings(share(factors, self.kinds), work.plan, before, exact, self.config)
+        return decide_roundings(share(factors, self.kinds), plan, self._saved(), exact, self.config)
+
+    def _round(self, chosen: Collection[str] | None = None) -> None:
+        """Round the tensors chosen by name (None: all that can be), revise the sites, and take back what did not pay."""
+        before, work = self._saved(), copy.copy(self)
+        work.plan = rows_or_bits(self.plan, self.config)
+        roundings = [r for r in self._roundings(work.plan) if chosen is None or r.tensor.name in chosen]
         if not roundings:
             return
         work._cut_again(work.plan, roundings)
@@ -201,12 +223,18 @@ class Work:
         """Sample as first decided, and cut."""
         self.best, self.done, self.uncut = self._attempt(self.plan)
 
-    def planner(self) -> Planner:
-        """For recomputation on top of the first cut."""
+    def planners(self) -> list[Planner]:
+        """For recomputation on top of the first cut; and, where something can be rounded, for both."""
         assert self.uncut is not None
         saved = {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
         users = {n.name for n in self.users}
-        return make_planner(self.uncut, saved, self.weights, users, self.device, self.config.reuse)
+        planner = make_planner(self.uncut, saved, self.weights, users, self.device, self.config.reuse)
+        if self.config.round_bits is None:
+            return [planner]
+        roundings = self._roundings(rows_or_bits(self.plan, self.config))
+        nodes = {n.name: n for n in self.uncut.graph.nodes}
+        with_bits = planner.rounding(substitutes(roundings, self._saved(), self.kinds, nodes))
+        return [planner, with_bits] if with_bits.substitutes else [planner]
 
     def predicted(self) -> Prediction:
         """Of the best partition so far."""

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 from torch import nn
 
 from wtacrs_fx import measure
-from wtacrs_fx.benchmarks import frontier_report, paper_table2
+from wtacrs_fx.benchmarks import frontier_report, paper_table2, rounding
 from wtacrs_fx.benchmarks.frontier import errors
 
 
@@ -134,3 +135,54 @@ def test_paper_table_goes_on_where_it_ended(tmp_path, monkeypatch):
     paper_table2.main(options)
     assert made[3:] == [("0.3", "wtacrs"), ("0.1", "wtacrs"), ("LoRA, 0.3", "wtacrs"), ("LoRA, 0.1", "wtacrs")]
     assert out.read_text().count("t5-base") == 6
+
+
+class TestRounding:
+    """The rounding benchmark goes on where it was interrupted."""
+
+    def run(self, monkeypatch, path, only: str) -> list[str]:
+        """Names of the arms that are measured; nothing is."""
+        measured = []
+
+        class Base:
+            def gradients(self) -> dict:
+                return {"w": torch.ones(2)}
+
+        def measure_arm(arm, *_) -> dict:
+            measured.append(arm.name)
+            return {
+                "held_bytes": 2,
+                "activation_peak_bytes": 2,
+                "median": 1.5,
+                "inductor_median": 1.0,
+                "errors": {"w": 0.1},
+            }
+
+        monkeypatch.setattr(rounding.Arm, "build", lambda *_: Base())
+        monkeypatch.setattr(rounding, "measure_arm", measure_arm)
+        args = Namespace(layers=1, batch_size=1, length=8, bits=[8, 2], only=only, repeats=1)
+        rounding.measure_family("bert", "bfloat16", args, path)
+        return measured
+
+    def test_arms_that_are_there_are_not_measured_again(self, monkeypatch, tmp_path):
+        path = tmp_path / "bert.json"
+        assert self.run(monkeypatch, path, "^8 bits$") == ["inductor", "8 bits"]
+        assert self.run(monkeypatch, path, "^[82] bits$|torch") == [
+            "2 bits",
+            "torch float8_e4m3fn",
+            "torch float8_e5m2",
+        ]
+        assert self.run(monkeypatch, path, "^[82] bits$|torch") == []
+        result = json.loads(path.read_text())
+        result["arms"]["torch float8_e5m2"] = {"error": "does not run"}
+        text = rounding.render([result])
+        assert "| bert    | bfloat16 | 8 bits" in text
+        assert "1.50" in text
+        assert "failed: does not run" in text
+
+    def test_machines_are_not_mixed(self, monkeypatch, tmp_path):
+        path = tmp_path / "bert.json"
+        self.run(monkeypatch, path, "^8 bits$")
+        path.write_text(path.read_text().replace('"cores"', '"other"'))
+        with pytest.raises(RuntimeError, match=r"bert\.json was measured with .*delete it"):
+            self.run(monkeypatch, path, "4 bits")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import wtacrs_fx
-from wtacrs_fx.check import MAX_Z
+from wtacrs_fx.check import MAX_Z, Check
 from wtacrs_fx.cli import main
 from wtacrs_fx.errors import ReportError
 
@@ -38,11 +38,67 @@ def test_other_faults():
     assert "differs by 1.0e-01" in dataclasses.replace(good, untouched=0.1).verdict()
 
 
+class Attention(torch.nn.Module):
+    """Fused attention between two normalisations."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = torch.nn.LayerNorm(64), torch.nn.LayerNorm(64)
+        self.qkv, self.out = torch.nn.Linear(64, 192), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = (y.view(*x.shape[:2], 4, 16).transpose(1, 2) for y in self.qkv(self.before(x)).chunk(3, -1))
+        y = torch.nn.functional.scaled_dot_product_attention(3 * q, 3 * k, v).transpose(1, 2).reshape(x.shape)
+        return self.out(self.after(y)).sin().mean()
+
+
+def check_attention(fused: bool, bits: int) -> Check:
+    torch.manual_seed(0)
+    options = {**OPTIONS, "ratio": 1.0, "round_bits": bits, "round_fused_attention": fused}
+    return wtacrs_fx.check(Attention(), 3 * torch.randn(8, 32, 64), **options)
+
+
+@pytest.mark.parametrize(("fused", "share"), [(False, 0.75), (True, 0.3)])
+def test_rounding_is_measured(fused, share):
+    """All gradients are compared; what rounding's second order does is printed and is small against its noise."""
+    result = check_attention(fused, 8)
+    assert result.faults == [], result.table()
+    assert {x.decision for x in result.layers} == {"rounded"}
+    assert "qkv.weight" in {x.module for x in result.layers}
+    assert result.saved_bytes == result.predicted_bytes < share * result.saved_bytes_exact
+    for x in result.layers:
+        assert abs(x.squared_bias) < 0.2 * x.error + 1e-12, x
+    assert "bias along G" in result.table()
+    assert "sampled or rounded gradients" in result.verdict()
+
+
+def test_fused_attention_is_biased_by_coarse_operands():
+    """Sharp attention, operands in 4 bits: gradients behind it are off by a sixth, and the check says so; others are not."""
+    result = check_attention(True, 2)
+    biases = {x.module: x.bias for x in result.layers}
+    assert "qkv.bias" in result.verdict()
+    assert result.verdict().startswith("Not as it should be")
+    assert biases["qkv.bias"] > 0.1
+    assert abs(biases["out.weight"]) < 0.01
+
+
+def test_a_bias_that_is_not_of_second_order_is_found():
+    """Rounding is forgiven a bias that is small against its noise, and no other."""
+    torch.manual_seed(0)
+    good = wtacrs_fx.check(Attention(), torch.randn(8, 32, 64), draws=4, **{**OPTIONS, "ratio": 1.0, "round_bits": 8})
+    (layer, *rest) = good.layers
+    for bias, faults in ((0.1, 0), (0.5, 1)):
+        off = dataclasses.replace(layer, error=1.0, bias=bias, z=20.0)
+        assert len(dataclasses.replace(good, layers=(off, *rest)).faults) == faults
+    strict = dataclasses.replace(good, layers=(dataclasses.replace(layer, error=1.0, bias=0.1, z=20.0),), rounded=False)
+    assert len(strict.faults) == 1
+
+
 def test_bad_input():
     with pytest.raises(ReportError, match="draws=1: expected at least 2"):
         wtacrs_fx.check(Transformer(), transformer_batch(), draws=1)
     with (
-        pytest.raises(ReportError, match="nothing is sampled"),
+        pytest.raises(ReportError, match="nothing is sampled or rounded"),
         pytest.warns(wtacrs_fx.WtacrsWarning, match="trains exactly"),
     ):
         wtacrs_fx.check(Transformer(layers=1), transformer_batch(), inner="eager", min_rows=10**6)

@@ -1,5 +1,7 @@
 """The rounding pass: every kind of site four ways at once, whole models, and where it must do nothing."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ KINDS = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "elu": F.elu,
     "relu_squared": lambda x: F.relu(x).square(),
     "swiglu": lambda x: F.silu(x[..., :64]) * x[..., 64:],
     "geglu": lambda x: F.gelu(x[..., :64]) * x[..., 64:],
@@ -31,6 +36,9 @@ KINDS = {
     "rms_norm": rms_norm,
     "softmax": lambda x: x.softmax(-1),
     "log_softmax": lambda x: x.log_softmax(-1),
+    "residual_scaling": lambda x: x + x.sin() * torch.linspace(0.5, 2.0, 128),
+    "gated_residual": lambda x: x + x.sin() * x.cos(),
+    "dropout": lambda x: F.dropout(F.gelu(x), 0.1),
 }
 
 
@@ -58,11 +66,14 @@ def test_kinds_of_sites(kind):
     """Numerics, count, what is saved, and the mean of the gradient by z-scores at 4 bits."""
     torch.manual_seed(0)
     model, x = Unit(kind), 2 * torch.randn(32, 128)
+    torch.manual_seed(1)  # (of dropout; what is rounded how has a generator of its own)
     exact = compiled_gradients(model, (x,), "aot_eager_decomp_partition")
+    torch.manual_seed(1)
     forward = torch.compile(model, backend="aot_eager_decomp_partition")(x)
-    recorder = Recorder(**{**ROUNDED, "round_bits": 4})
+    recorder = Recorder(**{**ROUNDED, "round_bits": 4, "seed": 0})
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=recorder)
+    torch.manual_seed(1)
     assert torch.equal(compiled(x), forward)
     lines = recorder.ledger.compressed
     assert any(line.bits == 4 for line in lines), recorder.ledger.table()
@@ -72,6 +83,7 @@ def test_kinds_of_sites(kind):
     assert now < 0.5 * before, recorder.ledger.table()
     moments = Moments()
     for _ in range(40):
+        torch.manual_seed(1)
         moments.add(gradients(model, x, call=compiled))
     for name, value in exact.items():
         assert moments.standard_error(name).max() > 0 or name == "a.bias", name
@@ -79,7 +91,7 @@ def test_kinds_of_sites(kind):
         assert rms < 1.5, f"{name}: z rms {rms:.2f}"
 
 
-@pytest.mark.parametrize("kind", ["gelu_tanh", "swiglu", "geglu", "new_gelu", "silu"])
+@pytest.mark.parametrize("kind", ["gelu_tanh", "swiglu", "geglu", "new_gelu", "silu", "softplus", "elu"])
 def test_several_factors_become_one(kind):
     """One tensor for the derivative, however it is written, beside those of the other operands."""
     torch.manual_seed(0)
@@ -165,11 +177,16 @@ def family(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return t.ViTForImageClassification(config), {"pixel_values": pixels, "labels": torch.arange(4)}
 
 
+CANCELLING = {"bert": "LayerNorm.weight|pooler", "vit": "mlp|layernorm|classifier"}
+"""Parameters whose relative error at 4 bits is above 0.05, up to 0.2, in these models with random weights. All [CLS] rows are
+then nearly equal, and the gradients that meet them add up to nearly zero: of ViT's fc1, four rows carry all of the gradient,
+and their sum has 0.2 of the square that it had without cancelling; 0.02, what 4 bits cost else, over 0.2 is 0.1."""
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_whole_models(name):
-    """Relative squared errors of one draw: at 8 bits below 5e-4 in every parameter, at 4 bits below 0.05 in the median
-    only: the largest seen is 0.157, ViT's layernorm_after.weight of layer 0, so the bound on single parameters is no
-    promise but a guard. Losses are equal to the bit."""
+    """Relative squared errors of one draw: at 8 bits below 5e-4 and at 4 bits below 0.05 in every parameter, except at 4
+    bits those whose gradient is a sum of terms that nearly cancel (``CANCELLING``). Losses are equal to the bit."""
     torch.manual_seed(0)
     model, batch = family(name)
     model.train()
@@ -185,21 +202,23 @@ def test_whole_models(name):
 
     loss, exact = run("aot_eager_decomp_partition")
     real = {n: g for n, g in exact.items() if g.square().mean() > 1e-16}  # (key biases have no gradient)
-    for bits, median, largest, share in ((8, 2.5e-4, 5e-4, 0.6), (4, 0.05, 0.25, 0.5)):
+    for bits, median, largest, share in ((8, 2.5e-4, 5e-4, 0.6), (4, 0.05, 0.05, 0.5)):
         backend = Backend(**{**ROUNDED, "round_bits": bits, "round_fused_attention": True})
         rounded_loss, found = run(backend)
         assert torch.equal(loss, rounded_loss)
         errors = {n: measure.relative_error(found, {n: g}) for n, g in real.items()}
-        worst = max(errors, key=errors.__getitem__)
         assert measure.relative_error(found, real) < median
-        assert errors[worst] < largest, f"{bits} bits: {worst} {errors[worst]:.1e}"
+        over = {n: e for n, e in errors.items() if e > largest}
+        if bits == 4:
+            over = {n: e for n, e in over.items() if e > 0.25 or not re.search(CANCELLING.get(name, "^$"), n)}
+        assert not over, f"{bits} bits: {over}"
         assert backend.ledger.saved_bytes < share * backend.ledger.saved_bytes_exact, backend.ledger.table()
 
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_ledger_total_is_what_autograd_holds(inner):
     torch.manual_seed(0)
-    model, batch = Transformer(dropout=0.1), transformer_batch()
+    model, batch = Transformer(layers=1, dropout=0.1), transformer_batch()
     backend = Backend(**{**ROUNDED, "inner": inner, "round_bits": 4, "ratio": 0.2})
     compiled = torch.compile(model, backend=backend)
     with measure.held(model) as held:

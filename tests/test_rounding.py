@@ -116,11 +116,19 @@ def test_what_is_not_finite_spoils_its_group_only(bad):
     assert torch.equal(found[rest], rounded(torch.where(rest, x, 0.0), Format(4))[rest])
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
-def test_empty(shape):
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, GROUP)])
+@pytest.mark.parametrize("limits", [(), (0.0, 1.0)])
+def test_empty(shape, limits):
     for bits in BITS:
-        form = Format(bits, 0.0, 1.0)
-        assert rounded(torch.empty(shape), form).shape == shape
+        form = Format(bits, *limits)
+        written = quantise(torch.empty(shape), key(0), form)
+        assert sum(w.nbytes for w in written) == written_bytes(shape, form)
+        assert dequantise(written, shape, torch.float32, form).shape == shape
+
+
+def test_denormal_groups_are_off_by_less_than_the_smallest_step():
+    x = torch.linspace(0, 1e-40, GROUP)[None]
+    assert (rounded(x, Format(4)) - x).abs().max() <= 2.0**-126
 
 
 def test_strides_do_not_matter():

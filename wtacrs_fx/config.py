@@ -86,7 +86,8 @@ class Config:
         None,
         "Bits, 8, 4 or 2, in which tensors are kept that the backward multiplies gradients by (derivatives of activation "
         "functions, normalised inputs, attention's operands, inputs of linear layers): rounded at random, without bias. Where "
-        "kept rows of a layer's input take fewer bytes, rows are kept. None: these tensors stay as they are.",
+        "kept rows of a layer's input take fewer bytes, rows are kept. With a memory_budget only what serves it is rounded. "
+        "None: these tensors stay as they are.",
     )
     round_include: tuple[str, ...] = _option(
         ("*",), "Rounded tensors are read only by modules whose name matches one of these patterns (fnmatch)."

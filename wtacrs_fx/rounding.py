@@ -95,7 +95,11 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
     value = x.to(torch.float32)
     if form.low is not None and form.high is not None:
         return (_codes((value - form.low) * (form.levels / (form.high - form.low)), key, form),)
-    grouped = value.reshape(*x.shape[:-1], form.groups(x.shape[-1]), -1)
+    groups = form.groups(x.shape[-1])
+    if not x.numel():  # (an empty group has no extremes)
+        low = value.new_zeros(*x.shape[:-1], groups)
+        return _codes(value, key, form), low, low
+    grouped = value.reshape(*x.shape[:-1], groups, -1)
     low = grouped.amin(-1)
     step = ((grouped.amax(-1) - low) * (1 / form.levels)).clamp_min(_TINY)
     return _codes((value - _spread(low, x.shape)) * _spread(step.reciprocal(), x.shape), key, form), low, step
@@ -108,9 +112,8 @@ def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
 
 def written_bytes(shape: Sequence[int], form: Format) -> int:
     """Bytes of what :func:`quantise` returns for a tensor of this shape."""
-    numel = math.prod(shape)
-    scales = 0 if form.low is not None or not numel else 8 * form.groups(shape[-1]) * (numel // shape[-1])
-    return -(-numel * form.bits // 8) + scales
+    scales = 0 if form.low is not None else 8 * form.groups(shape[-1]) * math.prod(shape[:-1])
+    return -(-math.prod(shape) * form.bits // 8) + scales
 
 
 def dequantise(written: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, form: Format) -> Tensor:
