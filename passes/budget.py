@@ -14,7 +14,8 @@ from wtacrs_fx.ledger import Part, Prediction
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
 from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.liveness import module_timeline
-from wtacrs_fx.passes.planner import Plan, Planner
+from wtacrs_fx.passes.planner import Planner
+from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.segments import find_segments
 from wtacrs_fx.passes.sites import primals
 from wtacrs_fx.units import format_bytes, parse_bytes

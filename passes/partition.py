@@ -15,7 +15,7 @@ from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.joint_graph import cutter
 from wtacrs_fx.passes.kinds import is_tangent
-from wtacrs_fx.passes.planner import Plan
+from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import decide
 from wtacrs_fx.passes.work import Work
 from wtacrs_fx.roomy import roomy

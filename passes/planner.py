@@ -3,8 +3,8 @@ time.
 
 Choices per segment: keep what the partition without recomputation saves; or keep it in few bits, where it can be rounded;
 or save only what the segment before hands on, and perhaps the results of some of its own matrix products, and compute the
-rest again just in time. The backward of
-segment s runs while the tensors of all segments before it are held, so choices o_s fit a peak B if
+rest again just in time. The backward of segment s runs while the tensors of all segments before it are held, so choices o_s
+fit a peak B if
 
     sum over j < s of held(j, o_j) + working(s, o_s) <= B    for every s,
 
@@ -21,15 +21,15 @@ import functools
 import math
 import operator
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.bits import Substitute
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts
-from wtacrs_fx.passes.kinds import draws, is_drawn_mask, is_tensor
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask
 from wtacrs_fx.passes.liveness import Timeline, timeline
+from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, results_of
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import JointOrder
 from wtacrs_fx.passes.segments import Segment, forward_nodes, merge
@@ -37,9 +37,6 @@ from wtacrs_fx.passes.sites import graph_outputs
 
 SIZES = (1, 2, 3, 4, 6, 8)
 """How many neighbouring segments may be treated as one."""
-
-STATES = 256
-"""Distinct values of bytes held that the dynamic program tells apart per segment."""
 
 SIMULATIONS = 6
 """Combinations that are simulated at most for one target. The dynamic program's sums are not the simulation: where a
@@ -52,62 +49,8 @@ TARGETS = 20
 """How many peaks, evenly spaced below that of keeping everything, are planned for."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What one segment does."""
-
-    segment: Segment
-    recomputed: frozenset[Node] = frozenset()
-    """Nodes that the backward computes again; empty: keep."""
-    kept: tuple[Node, ...] = ()
-    """Tensors inside a recomputed segment that are saved all the same."""
-    rounded: tuple[Substitute, ...] = ()
-    """What is kept in few bits."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Of one choice in one segment."""
-
-    held: int
-    working: int
-    seconds: float
-
-
 Run = tuple[Timeline, set[Node], set[Node], Facts]
 """Timeline of the backward, tensors held for it, nodes that it computes again, and what is known about the nodes."""
-
-Table = list[list[tuple[Choice, Costs]]]
-"""Per segment its choices and their costs."""
-
-
-@dataclass
-class Plan:
-    """One choice per segment, and what a simulation says about them."""
-
-    choices: tuple[Choice, ...]
-    peak: int
-    """Bytes of activations at most alive at once (gradients of parameters left out)."""
-    seconds: float
-    held: int
-    again: frozenset[Node]
-    """Nodes that the backward runs again: those of ``recomputed`` that it asks for, and cheap others."""
-
-    @property
-    def recomputed(self) -> frozenset[Node]:
-        """Nodes that the backward computes again."""
-        return frozenset().union(*(c.recomputed for c in self.choices))
-
-    @property
-    def rounded(self) -> frozenset[Node]:
-        """Tensors that are kept in few bits."""
-        return frozenset(s.tensor for c in self.choices for s in c.rounded)
-
-    @property
-    def starts(self) -> dict[Node, str]:
-        """Tensors from which recomputation starts -> what for."""
-        kept = {view_base(n): "recomputation" for c in self.choices for n in c.kept}
-        return kept | dict.fromkeys(_handed_on(self.choices), "recomputation of the next segment")
 
 
 class Planner:
@@ -204,7 +147,7 @@ class Planner:
     def _search(self, peak: int) -> None:
         """Simulate the fastest combinations for a peak, of every granularity, and add them to the pool."""
         targets = {size: int(SLACK * peak) for size in SIZES if size == 1 or size < len(self.segments)}
-        found = {size: self._combine(self.table(size), target) for size, target in targets.items()}
+        found = {size: combine(self.table(size), target) for size, target in targets.items()}
         best = math.inf
         for _ in range(SIMULATIONS):
             open_ = {s: f for s, f in found.items() if f is not None and self.keep.seconds + f[0] < best}
@@ -218,7 +161,7 @@ class Planner:
                 found[size] = None
             else:
                 targets[size] -= plan.peak - peak
-                found[size] = self._combine(self.table(size), targets[size])
+                found[size] = combine(self.table(size), targets[size])
 
     def choices(self, segment: Segment) -> list[Choice]:
         """Keep; recompute all; recompute all but the tensors that save most time per byte, one kind more at a time."""
@@ -242,7 +185,7 @@ class Planner:
         for part in self.segments:
             products = [n for n in part.nodes if n in inside and self.facts.flops(n)]
             for product in products:
-                tensors = tuple(part.handed_on) if product is products[-1] else _tensors(product)
+                tensors = tuple(part.handed_on) if product is products[-1] else results_of(product)
                 tensors = tuple(t for t in tensors if t not in segment.handed_on and not draws(t))
                 size = sum(map(self.facts.bytes, tensors))
                 if size:
@@ -283,7 +226,7 @@ class Planner:
         reuse = not any(c.recomputed or c.rounded for c in choices) if reuse is None else reuse
         recomputed = self.fixed.union(*(c.recomputed for c in choices))
         kept = {view_base(n) for c in choices for n in c.kept}
-        whole = _handed_on(choices) | kept
+        whole = handed_on(choices) | kept
         rounded = [s for c in choices for s in c.rounded]
         replaced = recomputed.union(*(s.replaced for s in rounded))
         backward = self.order.backward((self.saved - replaced) | whole | {s.tensor for s in rounded})
@@ -312,41 +255,3 @@ class Planner:
             if kernel.node in again:
                 seconds[owner.get(kernel.node, current)] += facts.seconds(kernel, self.roofline)
         return [Costs(h, max(w, h), s) for h, w, s in zip(held, working, seconds)]
-
-    def _combine(self, table: Table, peak: int) -> tuple[float, list[Choice]] | None:
-        """Added seconds and choices of the fastest combination that fits ``peak``, by the sums above."""
-        step = max(1, peak // STATES)
-        states: dict[int, tuple[float, int, tuple[Choice, ...]]] = {0: (0.0, 0, ())}
-        for options in table:
-            new: dict[int, tuple[float, int, tuple[Choice, ...]]] = {}
-            for seconds, held, chosen in states.values():
-                for choice, costs in options:
-                    total, after = seconds + costs.seconds, held + costs.held
-                    old = new.get(after // step)
-                    if held + costs.working <= peak and (old is None or (total, after) < old[:2]):
-                        new[after // step] = (total, after, (*chosen, choice))
-            states, fastest = {}, float("inf")
-            for key in sorted(new):  # states that no other beats in both bytes and seconds
-                if new[key][0] < fastest:
-                    states[key], fastest = new[key], new[key][0]
-        if not states:
-            return None
-        seconds, _, chosen = min(states.values(), key=lambda s: s[:2])
-        return seconds, list(chosen)
-
-
-def _handed_on(choices: Sequence[Choice]) -> set[Node]:
-    """Tensors that a recomputed segment reads of an earlier one."""
-    return {
-        b
-        for i, c in enumerate(choices)
-        for b, last in c.segment.handed_on.items()
-        if any(later.recomputed for later in choices[i + 1 : last + 1])
-    }
-
-
-def _tensors(product: Node) -> tuple[Node, ...]:
-    """What a product returns: itself, or the parts of its tuple."""
-    if is_tensor(product):
-        return (product,)
-    return tuple(u for u in product.users if u.target is operator.getitem)

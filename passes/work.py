@@ -22,7 +22,8 @@ from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.joint_graph import copy_joint, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.pack import Packed, pack_masks
-from wtacrs_fx.passes.planner import Plan, Planner
+from wtacrs_fx.passes.planner import Planner
+from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
 from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
 from wtacrs_fx.passes.round import Rounding, round_factors

@@ -1,0 +1,109 @@
+"""A plan of what the backward computes again: a choice per segment, and how choices are combined."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from wtacrs_fx.passes.bits import Substitute
+from wtacrs_fx.passes.kinds import is_tensor
+from wtacrs_fx.passes.policy import view_base
+from wtacrs_fx.passes.segments import Segment
+
+STATES = 256
+"""Distinct values of bytes held that the dynamic program tells apart per segment."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one segment does."""
+
+    segment: Segment
+    recomputed: frozenset[Node] = frozenset()
+    """Nodes that the backward computes again; empty: keep."""
+    kept: tuple[Node, ...] = ()
+    """Tensors inside a recomputed segment that are saved all the same."""
+    rounded: tuple[Substitute, ...] = ()
+    """What is kept in few bits."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one choice in one segment."""
+
+    held: int
+    working: int
+    seconds: float
+
+
+Table = list[list[tuple[Choice, Costs]]]
+"""Per segment its choices and their costs."""
+
+
+@dataclass
+class Plan:
+    """One choice per segment, and what a simulation says about them."""
+
+    choices: tuple[Choice, ...]
+    peak: int
+    """Bytes of activations at most alive at once (gradients of parameters left out)."""
+    seconds: float
+    held: int
+    again: frozenset[Node]
+    """Nodes that the backward runs again: those of ``recomputed`` that it asks for, and cheap others."""
+
+    @property
+    def recomputed(self) -> frozenset[Node]:
+        """Nodes that the backward computes again."""
+        return frozenset().union(*(c.recomputed for c in self.choices))
+
+    @property
+    def rounded(self) -> frozenset[Node]:
+        """Tensors that are kept in few bits."""
+        return frozenset(s.tensor for c in self.choices for s in c.rounded)
+
+    @property
+    def starts(self) -> dict[Node, str]:
+        """Tensors from which recomputation starts -> what for."""
+        kept = {view_base(n): "recomputation" for c in self.choices for n in c.kept}
+        return kept | dict.fromkeys(handed_on(self.choices), "recomputation of the next segment")
+
+
+def combine(table: Table, peak: int) -> tuple[float, list[Choice]] | None:
+    """Added seconds and choices of the fastest combination that fits ``peak``, by the sums of the planner."""
+    step = max(1, peak // STATES)
+    states: dict[int, tuple[float, int, tuple[Choice, ...]]] = {0: (0.0, 0, ())}
+    for options in table:
+        new: dict[int, tuple[float, int, tuple[Choice, ...]]] = {}
+        for seconds, held, chosen in states.values():
+            for choice, costs in options:
+                total, after = seconds + costs.seconds, held + costs.held
+                old = new.get(after // step)
+                if held + costs.working <= peak and (old is None or (total, after) < old[:2]):
+                    new[after // step] = (total, after, (*chosen, choice))
+        states, fastest = {}, float("inf")
+        for key in sorted(new):  # states that no other beats in both bytes and seconds
+            if new[key][0] < fastest:
+                states[key], fastest = new[key], new[key][0]
+    if not states:
+        return None
+    seconds, _, chosen = min(states.values(), key=lambda s: s[:2])
+    return seconds, list(chosen)
+
+
+def handed_on(choices: Sequence[Choice]) -> set[Node]:
+    """Tensors that a recomputed segment reads of an earlier one."""
+    return {
+        b
+        for i, c in enumerate(choices)
+        for b, last in c.segment.handed_on.items()
+        if any(later.recomputed for later in choices[i + 1 : last + 1])
+    }
+
+
+def results_of(product: Node) -> tuple[Node, ...]:
+    """What a product returns: itself, or the parts of its tuple."""
+    if is_tensor(product):
+        return (product,)
+    return tuple(u for u in product.users if u.target is operator.getitem)
