@@ -94,7 +94,30 @@ def test_a_bias_that_is_not_of_second_order_is_found():
     assert len(strict.faults) == 1
 
 
+class Broken(torch.nn.Module):
+    """Two graphs, both of them sampled."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.before(x).sin()
+        torch._dynamo.graph_break()
+        return self.after(x).square().mean()
+
+
+def test_sites_of_all_graphs_are_checked():
+    result = wtacrs_fx.check(Broken(), torch.randn(256, 64), draws=20, **OPTIONS)
+    assert {x.module for x in result.layers} == {"before", "after"}
+    assert result.faults == [], result.table()
+
+
 def test_bad_input():
+    with pytest.raises(ReportError, match="ReLU has no parameter that requires a gradient"):
+        wtacrs_fx.check(torch.nn.ReLU(), torch.randn(4, 4))
+    with pytest.raises(ReportError, match="the batch is on meta and the model on cpu"):
+        wtacrs_fx.check(torch.nn.Linear(4, 4), torch.randn(4, 4, device="meta"))
     with pytest.raises(ReportError, match="draws=1: expected at least 2"):
         wtacrs_fx.check(Transformer(), transformer_batch(), draws=1)
     with (

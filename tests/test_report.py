@@ -14,7 +14,7 @@ from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import compile_inductor
-from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.ledger import Ledger, Saved
 from wtacrs_fx.presets import PRESETS
 from wtacrs_fx.tracing import uncompiled
 
@@ -42,7 +42,7 @@ def held(model: nn.Module, batch, **options) -> int:
 
 @pytest.mark.parametrize("preset", [FAMILIES[f] for f in FAMILIES])
 def test_every_column_is_what_autograd_holds(preset):
-    options = {"ratio": 0.3, **SMALL}
+    options = {"ratio": 0.3, "inner": "eager", **SMALL}  # what Inductor adds: tests/test_layouts.py
     ledger = wtacrs_fx.report(*small(preset), **options)
     model, batch = small(preset, device="cpu")
     with measure.held(model) as count:
@@ -122,6 +122,33 @@ def test_tables_of_a_perceptron(ledger, level, text):
 def test_tables_of_a_transformer():
     ledger = wtacrs_fx.report(Transformer(layers=4), transformer_batch(), ratio=0.25, **SMALL)
     assert rows(ledger.table("layer")) == TRANSFORMER_LAYERS.strip()
+
+
+def saved(*modules: str) -> list[Saved]:
+    return [Saved(module, "Linear", (8, 8), "float32", bytes_exact=256) for module in modules]
+
+
+NESTED = [f"stages.{stage}.blocks.{i}.up" for stage, blocks in ((0, 2), (1, 3)) for i in range(blocks)]
+
+
+@pytest.mark.parametrize(
+    ("modules", "lines"),
+    [
+        (["encoder.0.up", "encoder.1.up", "decoder.0.up", "decoder.1.up"], ["encoder.0-1 (x2)", "decoder.0-1 (x2)"]),
+        ([*NESTED, "stages.1.norm"], ["stages.0.blocks.0-1 (x2)", "stages.1.blocks.0-2 (x3)", "stages.1"]),
+        (["stages.0.a", "stages.0.2.x.0.up", "stages.0.2.x.1.up"], ["stages.0", "stages.0.2.x.0-1 (x2)"]),
+        (
+            ["h.0.net.0", "h.0.net.2", "h.1.net.0", "h.1.out"],
+            ["h.0", "h.1"],
+        ),  # lists of single operations are one layer
+        (["h.0.e.0.up", "h.0.e.1.up", "h.1.e.0.up", "h.1.e.1.up", "h.2.e.0.up"], ["h.0-1 (x2)", "h.2"]),
+        (["0", "1", "2.up"], ["0-1 (x2)", "2"]),
+    ],
+)
+def test_equal_layers_fold_also_in_lists_of_lists(modules, lines):
+    table = Ledger((), 0, 0, tensors=tuple(saved(*modules))).table("layer").splitlines()
+    assert [line.partition("  ")[0] for line in table[2 : 2 + len(lines)]] == lines
+    assert table[2 + len(lines)].startswith("saved for backward")
 
 
 def test_files(ledger, tmp_path):

@@ -14,7 +14,7 @@ from wtacrs_fx import measure
 from wtacrs_fx.backend import Backend
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
-from wtacrs_fx.tracing import Batch, call, starts
+from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, can_train, starts
 from wtacrs_fx.units import format_bytes
 
 DRAWS = 40
@@ -170,10 +170,11 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         options: the fields of :class:`wtacrs_fx.Config`. With ``seed`` None it is 0: rows must differ where dropout must not.
 
     Raises:
-        ReportError: fewer than 2 draws, nothing is sampled, or the model returns nothing to train on.
+        ReportError: fewer than 2 draws, nothing is trained or sampled, or the batch is on another device.
     """
     if draws < 2:
         raise ReportError(f"draws={draws}: expected at least 2, since a standard error is computed.")
+    can_train(model, batch)
     config = Config.from_options(options)
     config = dataclasses.replace(config, seed=0 if config.seed is None else config.seed)
     exact_backend, backend = Backend(config.exact()), Backend(config)
@@ -182,9 +183,11 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         compiled = torch.compile(model, backend=backend, dynamic=False)
         grads, held = _step(compiled, model, batch)
         rounded = any(c.bits > 1 for g in backend.ledgers for c in g.compressed)
-        entries = {_parameter(e.module, exact): e for e in backend.ledger.entries if e.decision != "exact"}
+        found_sites = [e for g in backend.ledgers for e in g.entries if e.decision != "exact"]
+        entries = {_parameter(e.module, exact): e for e in found_sites}
         if not entries and not rounded:
-            raise ReportError(f"nothing is sampled or rounded, so there is nothing to check:\n{backend.ledger.table()}")
+            tables = "\n".join(g.table() for g in backend.ledgers) or NO_TRAINING_GRAPH
+            raise ReportError(f"nothing is sampled or rounded, so there is nothing to check:\n{tables}")
         labels = {n: (e.module, e.decision, f"{e.kept}/{e.rows}") for n, e in entries.items()}
         if rounded:
             size = {n: float(g.double().square().mean()) for n, g in exact.items()}

@@ -92,7 +92,7 @@ def with_eager(ledger: Ledger, step: EagerStep) -> Ledger:
             i = same.pop(0)
             rows[i] = replace(rows[i], bytes_eager=tensor.bytes_eager)
         else:
-            rows.append(tensor)
+            rows.append(replace(tensor, reason="eager autograd only"))
     predicted = Prediction(step.peak, step.allocated, seconds=0.0, flops=0)
     return replace(ledger, tensors=tuple(rows), saved_bytes_eager=step.saved_bytes, predicted_eager=predicted)
 
