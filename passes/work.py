@@ -11,7 +11,14 @@ from torch.fx import GraphModule, Node
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.account import build_ledger, fused_entry, packed_entries, rounded_entries, saved_bytes
+from wtacrs_fx.passes.account import (
+    build_ledger,
+    fused_entry,
+    packed_entries,
+    rounded_entries,
+    saved_bytes,
+    size_notes,
+)
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
 from wtacrs_fx.passes.collapse import collapse
@@ -256,11 +263,15 @@ class Work:
     def ledger(self) -> Ledger:
         exact, now = (saved_tensors(p[0], self.num_fwd_outputs) for p in (self.exact, self.best))
         ledger = build_ledger(self.plan, self.done, exact, now, self.in_memory)
-        listed = saved_list(self.plan, self.done, self.exact, self.best, self.num_fwd_outputs, self.in_memory)
+        compressed = {view_base(n).name for n in (*(r.tensor for r in self.roundings), *(p.mask for p in self.packed))}
+        listed = saved_list(
+            self.plan, self.done, self.exact, self.best, self.num_fwd_outputs, self.in_memory, compressed
+        )
         fused = fused_attention(self.joint.graph, self.kinds) if self.config.attention else []
         ledger = replace(ledger, entries=(*ledger.entries, *map(fused_entry, fused)), tensors=tuple(listed))
         return replace(
             ledger,
+            notes=size_notes(self.joint.graph),
             compressed=(*rounded_entries(self.roundings, self.done.rounded), *packed_entries(self.packed)),
             predicted_exact=self.prediction,
             predicted=self.predicted(),

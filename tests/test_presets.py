@@ -74,14 +74,17 @@ def test_config_files_that_cannot_be_read(tmp_path, text, words):
         build(str(path), batch_size=2, length=8)
 
 
-def test_bad_names(monkeypatch):
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ReportError, match="presets and config files need transformers"):
+        build("bert-base", batch_size=2, length=8)
+
+
+def test_bad_names():
     with pytest.raises(ReportError, match=r"neither a preset nor a config file\. Presets: bert-base, bert-large"):
         build("bert-bass", batch_size=2, length=8)
     with pytest.raises(ReportError, match="vit-base has no model for task 'seq2seq'"):
         build("vit-base", batch_size=2, length=8, task="seq2seq")
-    with monkeypatch.context() as patch, pytest.raises(ReportError, match="presets and config files need transformers"):
-        patch.setitem(sys.modules, "transformers", None)
-        build("bert-base", batch_size=2, length=8)
     with pytest.raises(ReportError, match="lora"):
         small("bert-base", lora={"rank": 4})
 

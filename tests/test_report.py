@@ -193,7 +193,17 @@ def test_eager_peak_is_the_measured_one():
 def test_symbolic_sizes_are_printed_as_symbols():
     backend = wtacrs_fx.Backend(inner="eager", **SMALL)
     torch.compile(Mlp(), backend=backend, dynamic=True)(torch.randn(128, 64)).backward()
-    assert any(isinstance(s, str) for t in backend.ledger.tensors for s in t.shape), backend.ledger.table("tensor")
+    (symbol,) = {s for t in backend.ledger.tensors for s in t.shape if isinstance(s, str)}
+    assert f"{symbol}x64" in backend.ledger.table("tensor")
+    assert backend.ledger.notes == (f"bytes are those of {symbol}=128",)
+    assert backend.ledger.summary().endswith(f"{symbol}=128")
+
+
+def test_masks_are_said_to_be_held_in_fewer_bits():
+    ledger = wtacrs_fx.report(Transformer(dropout=0.1), transformer_batch(), **SMALL)
+    packed = [t for t in ledger.tensors if t.reason == "held in fewer bits"]
+    assert len(packed) == len(ledger.compressed) > 0
+    assert all(t.dtype == "bool" and t.bytes_exact and not t.bytes_now for t in packed)
 
 
 class Broken(nn.Module):
