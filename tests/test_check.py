@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import wtacrs_fx
-from wtacrs_fx.check import MAX_Z, Check
+from wtacrs_fx.check import Check, max_z
 from wtacrs_fx.cli import main
 from wtacrs_fx.errors import ReportError
 
@@ -20,10 +20,16 @@ def test_unbiased_estimator_passes():
     result = wtacrs_fx.check(model, batch, **OPTIONS)
     assert result.faults == [], result.table()
     assert len(result.layers) == 12
-    assert all(abs(x.z) < MAX_Z and 0 < x.error < 5 and 0.3 < x.cosine < 1 for x in result.layers)
+    assert all(abs(x.z) < max_z(40) and 0 < x.error < 5 and 0.3 < x.cosine < 1 for x in result.layers)
     assert result.saved_bytes == result.predicted_bytes < result.saved_bytes_exact == result.predicted_bytes_exact
     assert result.table().splitlines()[-1].startswith("As it should be: 12 sampled gradients without bias in 40 draws")
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("draws", "bound"), [(6, 17.06), (11, 7.93), (20, 5.84), (40, 5.0), (10**6, 4.366)])
+def test_bound_is_a_quantile_of_student(draws, bound):
+    """Student's density integrated numerically: 6.3e-6 of it lies above the bound."""
+    assert max_z(draws) == pytest.approx(bound, rel=0.06)
 
 
 def test_biased_estimator_is_found():
@@ -87,6 +93,7 @@ def test_a_bias_that_is_not_of_second_order_is_found():
     torch.manual_seed(0)
     good = wtacrs_fx.check(Attention(), torch.randn(8, 32, 64), draws=4, **{**OPTIONS, "ratio": 1.0, "round_bits": 8})
     (layer, *rest) = good.layers
+    good = dataclasses.replace(good, draws=40)
     for bias, faults in ((0.1, 0), (0.5, 1)):
         off = dataclasses.replace(layer, error=1.0, bias=bias, z=20.0)
         assert len(dataclasses.replace(good, layers=(off, *rest)).faults) == faults
