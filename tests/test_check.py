@@ -11,6 +11,7 @@ from wtacrs_fx.cli import main
 from wtacrs_fx.errors import ReportError
 
 from helpers import SMALL, Transformer, transformer_batch
+from small_presets import small
 
 OPTIONS = {"ratio": 0.5, "inner": "eager", **SMALL}
 
@@ -99,6 +100,14 @@ def test_a_bias_that_is_not_of_second_order_is_found():
         assert len(dataclasses.replace(good, layers=(off, *rest)).faults) == faults
     strict = dataclasses.replace(good, layers=(dataclasses.replace(layer, error=1.0, bias=0.1, z=20.0),), rounded=False)
     assert len(strict.faults) == 1
+
+
+def test_adapters_are_checked():
+    model, batch = small("llama-3-8b", lora={"r": 4}, device="cpu")
+    result = wtacrs_fx.check(model, batch, draws=3, **OPTIONS)
+    assert result.layers
+    assert all("lora_" in x.module and x.module.startswith("base_model.model") for x in result.layers)
+    assert result.faults == [], result.table()
 
 
 class Broken(torch.nn.Module):

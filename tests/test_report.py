@@ -206,6 +206,15 @@ def test_masks_are_said_to_be_held_in_fewer_bits():
     assert all(t.dtype == "bool" and t.bytes_exact and not t.bytes_now for t in packed)
 
 
+def test_modules_of_adapters_have_their_own_names():
+    """One line per layer for all arms, also where Dynamo writes paths through ``__dict__``."""
+    ledger = wtacrs_fx.report(*small("llama-3-8b", lora={"r": 4}), **SMALL)
+    assert all(t.module.startswith("base_model.model") for t in ledger.tensors if t.module)
+    layers = [line for line in ledger.table("layer").splitlines() if "layers." in line]
+    assert layers
+    assert all(" - " not in line for line in layers), "held in each arm"
+
+
 class Broken(nn.Module):
     def __init__(self) -> None:
         super().__init__()
