@@ -3,18 +3,19 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from torch.fx import GraphModule, Node
+import torch
+from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.ledger import Compressed, Entry, Ledger
 from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.pack import Packed
-from wtacrs_fx.passes.policy import Action, Decision, view_base
+from wtacrs_fx.passes.policy import Action, Decision, hint, view_base
 from wtacrs_fx.passes.round import Rounded, Rounding
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.saved import storage
 from wtacrs_fx.passes.sever import saved_tensors
-from wtacrs_fx.passes.sites import module_of
+from wtacrs_fx.passes.sites import module_of, primals
 
 
 def build_ledger(
@@ -103,6 +104,13 @@ def compressed_entry(tensor: Node, written: Iterable[Node], bits: int, readers: 
         bytes_now=sum(storages(written).values()),
         readers=tuple(dict.fromkeys(map(operation_of, readers))),
     )
+
+
+def size_notes(graph: Graph) -> tuple[str, ...]:
+    """For which values of symbolic sizes bytes are given, where a graph has any."""
+    sizes = [n.meta["val"] for n in primals(graph) if isinstance(n.meta.get("val"), torch.SymInt)]
+    values = {str(s): hint(s) for s in sizes if not str(s).isdigit()}
+    return (f"bytes are those of {', '.join(f'{k}={v}' for k, v in values.items())}",) if values else ()
 
 
 def operation_of(node: Node) -> str:

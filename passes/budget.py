@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, GraphModule
+from torch.utils._pytree import tree_leaves
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
@@ -56,8 +57,8 @@ def roofline_of(graph: Graph) -> Roofline:
     products = [n for n in graph.nodes if flops(n)]
     if not products:
         return roofline(torch.device("cpu"), torch.float32)
-    value = max(products, key=flops).meta["val"]
-    value = value if isinstance(value, torch.Tensor) else value[0]
+    # (a convolution's backward has several results, None for those that nobody asks for)
+    value = next(t for t in tree_leaves(max(products, key=flops).meta["val"]) if isinstance(t, torch.Tensor))
     return roofline(value.device, value.dtype)
 
 
@@ -68,6 +69,7 @@ def make_planner(
     fixed: Collection[str],
     device: Roofline,
     reuse: bool | None = None,
+    relaid: Collection[str] = (),
 ) -> Planner:
     """A planner for a joint graph.
 
@@ -78,6 +80,7 @@ def make_planner(
         fixed: names of the nodes that are recomputed in any case.
         device: for predicting times.
         reuse: as for :class:`Planner`.
+        relaid: names of those weights that the backward reads as copies.
     """
     weight_nodes = [n for n in primals(uncut.graph) if n.name in weights]
     return Planner(
@@ -85,7 +88,7 @@ def make_planner(
         uncut.num_fwd_outputs,
         find_segments(uncut.graph, uncut.num_fwd_outputs, weight_nodes),
         [n for n in uncut.graph.nodes if n.name in saved],
-        weight_nodes,
+        [n for n in weight_nodes if n.name not in relaid],
         device,
         [n for n in uncut.graph.nodes if n.name in fixed],
         reuse,

@@ -26,11 +26,13 @@ def saved_list(
     partition: Partition,
     num_fwd_outputs: int,
     weights: Collection[str],
+    compressed: Collection[str],
 ) -> list[Saved]:
     """Everything that either partition holds, in the order of the forward; the kept rows of a tensor count as the tensor.
 
     A storage counts once, at the first of the tensors that share it, so that the sums are those of
-    :func:`wtacrs_fx.passes.account.saved_bytes`.
+    :func:`wtacrs_fx.passes.account.saved_bytes`. Tensors named in ``compressed`` are held in fewer bits, which are a tensor
+    of their own.
     """
     whole = {d.base.name: d.base for d in plan}
     owner = {n.name: base for n, base in _stand_ins(plan, done)}
@@ -50,7 +52,9 @@ def saved_list(
     names = dict.fromkeys(n.name for forward, _ in (exact, partition) for n in forward.graph.nodes)
     order = {name: i for i, name in enumerate(names)}
     named = sorted(rows.items(), key=lambda item: order.get(item[0], -1))
-    return [_judge(row, decisions.get(name)) for name, row in named if row.bytes_exact or row.bytes_now]
+    return [
+        _judge(row, decisions.get(name), name in compressed) for name, row in named if row.bytes_exact or row.bytes_now
+    ]
 
 
 def _stand_ins(plan: Sequence[Decision], done: Sampled) -> Iterator[tuple[Node, str]]:
@@ -90,12 +94,14 @@ def _describe(node: Node) -> Saved:
     )
 
 
-def _judge(row: Saved, decision: Decision | None) -> Saved:
+def _judge(row: Saved, decision: Decision | None, compressed: bool) -> Saved:
     """The row with what was decided about it, or what the partition has made of it."""
     if decision is None or decision.action is Action.EXACT:
         reason = decision.reason if decision else ""
         if row.op == "draw_seed":
             reason = "what the rows' draws start from"
+        elif not row.bytes_now and compressed:
+            reason = "held in fewer bits"
         elif not row.bytes_now:
             reason = "computed again in the backward"
         elif not row.bytes_exact:

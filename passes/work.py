@@ -11,7 +11,14 @@ from torch.fx import GraphModule, Node
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.account import build_ledger, fused_entry, packed_entries, rounded_entries, saved_bytes
+from wtacrs_fx.passes.account import (
+    build_ledger,
+    fused_entry,
+    packed_entries,
+    rounded_entries,
+    saved_bytes,
+    size_notes,
+)
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
 from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
 from wtacrs_fx.passes.collapse import collapse
@@ -21,6 +28,7 @@ from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.joint_graph import copy_joint, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
+from wtacrs_fx.passes.layouts import relaid_weights
 from wtacrs_fx.passes.pack import Packed, pack_masks
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import Plan
@@ -106,7 +114,11 @@ class Work:
     def __post_init__(self) -> None:
         self.best = self.exact
         self.device = roofline_of(self.joint.graph)
-        self.prediction = predict(self.exact, self.weights, self.device)
+        self.relaid: set[str] = (
+            relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
+        )
+        self.in_memory = self.weights - self.relaid
+        self.prediction = predict(self.exact, self.in_memory, self.device)
 
     @property
     def has_products(self) -> bool:
@@ -218,7 +230,7 @@ class Work:
             self.best, self.done, _ = self._attempt(plan)
 
     def _held(self, partition: Partition) -> int:
-        return saved_bytes(partition[0], self.num_fwd_outputs, self.weights)
+        return saved_bytes(partition[0], self.num_fwd_outputs, self.in_memory)
 
     def first_cut(self) -> None:
         """Sample as first decided, and cut."""
@@ -229,7 +241,7 @@ class Work:
         assert self.uncut is not None
         saved = {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
         users = {n.name for n in self.users}
-        planner = make_planner(self.uncut, saved, self.weights, users, self.device, self.config.reuse)
+        planner = make_planner(self.uncut, saved, self.weights, users, self.device, self.config.reuse, self.relaid)
         if self.config.round_bits is None:
             return [planner]
         roundings = self._roundings(rows_or_bits(self.plan, self.config))
@@ -240,7 +252,7 @@ class Work:
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
         reuse = not (self.recomputed or self.roundings) if self.config.reuse is None else self.config.reuse
-        return predict(self.best, self.weights, self.device, reuse=reuse)
+        return predict(self.best, self.in_memory, self.device, reuse=reuse)
 
     def _recompute(self, plan: Plan) -> None:
         by_name = {n.name: n for n in self.joint.graph.nodes}
@@ -250,12 +262,16 @@ class Work:
 
     def ledger(self) -> Ledger:
         exact, now = (saved_tensors(p[0], self.num_fwd_outputs) for p in (self.exact, self.best))
-        ledger = build_ledger(self.plan, self.done, exact, now, self.weights)
-        listed = saved_list(self.plan, self.done, self.exact, self.best, self.num_fwd_outputs, self.weights)
+        ledger = build_ledger(self.plan, self.done, exact, now, self.in_memory)
+        compressed = {view_base(n).name for n in (*(r.tensor for r in self.roundings), *(p.mask for p in self.packed))}
+        listed = saved_list(
+            self.plan, self.done, self.exact, self.best, self.num_fwd_outputs, self.in_memory, compressed
+        )
         fused = fused_attention(self.joint.graph, self.kinds) if self.config.attention else []
         ledger = replace(ledger, entries=(*ledger.entries, *map(fused_entry, fused)), tensors=tuple(listed))
         return replace(
             ledger,
+            notes=size_notes(self.joint.graph),
             compressed=(*rounded_entries(self.roundings, self.done.rounded), *packed_entries(self.packed)),
             predicted_exact=self.prediction,
             predicted=self.predicted(),

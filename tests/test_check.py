@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import wtacrs_fx
-from wtacrs_fx.check import MAX_Z, Check
+from wtacrs_fx.check import Check, max_z
 from wtacrs_fx.cli import main
 from wtacrs_fx.errors import ReportError
 
 from helpers import SMALL, Transformer, transformer_batch
+from small_presets import small
 
 OPTIONS = {"ratio": 0.5, "inner": "eager", **SMALL}
 
@@ -20,10 +21,16 @@ def test_unbiased_estimator_passes():
     result = wtacrs_fx.check(model, batch, **OPTIONS)
     assert result.faults == [], result.table()
     assert len(result.layers) == 12
-    assert all(abs(x.z) < MAX_Z and 0 < x.error < 5 and 0.3 < x.cosine < 1 for x in result.layers)
+    assert all(abs(x.z) < max_z(40) and 0 < x.error < 5 and 0.3 < x.cosine < 1 for x in result.layers)
     assert result.saved_bytes == result.predicted_bytes < result.saved_bytes_exact == result.predicted_bytes_exact
     assert result.table().splitlines()[-1].startswith("As it should be: 12 sampled gradients without bias in 40 draws")
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("draws", "bound"), [(6, 17.06), (11, 7.93), (20, 5.84), (40, 5.0), (10**6, 4.366)])
+def test_bound_is_a_quantile_of_student(draws, bound):
+    """Student's density integrated numerically: 6.3e-6 of it lies above the bound."""
+    assert max_z(draws) == pytest.approx(bound, rel=0.06)
 
 
 def test_biased_estimator_is_found():
@@ -87,6 +94,7 @@ def test_a_bias_that_is_not_of_second_order_is_found():
     torch.manual_seed(0)
     good = wtacrs_fx.check(Attention(), torch.randn(8, 32, 64), draws=4, **{**OPTIONS, "ratio": 1.0, "round_bits": 8})
     (layer, *rest) = good.layers
+    good = dataclasses.replace(good, draws=40)
     for bias, faults in ((0.1, 0), (0.5, 1)):
         off = dataclasses.replace(layer, error=1.0, bias=bias, z=20.0)
         assert len(dataclasses.replace(good, layers=(off, *rest)).faults) == faults
@@ -94,7 +102,38 @@ def test_a_bias_that_is_not_of_second_order_is_found():
     assert len(strict.faults) == 1
 
 
+def test_adapters_are_checked():
+    model, batch = small("llama-3-8b", lora={"r": 4}, device="cpu")
+    result = wtacrs_fx.check(model, batch, draws=3, **OPTIONS)
+    assert result.layers
+    assert all("lora_" in x.module and x.module.startswith("base_model.model") for x in result.layers)
+    assert result.faults == [], result.table()
+
+
+class Broken(torch.nn.Module):
+    """Two graphs, both of them sampled."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.before(x).sin()
+        torch._dynamo.graph_break()
+        return self.after(x).square().mean()
+
+
+def test_sites_of_all_graphs_are_checked():
+    result = wtacrs_fx.check(Broken(), torch.randn(256, 64), draws=20, **OPTIONS)
+    assert {x.module for x in result.layers} == {"before", "after"}
+    assert result.faults == [], result.table()
+
+
 def test_bad_input():
+    with pytest.raises(ReportError, match="ReLU has no parameter that requires a gradient"):
+        wtacrs_fx.check(torch.nn.ReLU(), torch.randn(4, 4))
+    with pytest.raises(ReportError, match="the batch is on meta and the model on cpu"):
+        wtacrs_fx.check(torch.nn.Linear(4, 4), torch.randn(4, 4, device="meta"))
     with pytest.raises(ReportError, match="draws=1: expected at least 2"):
         wtacrs_fx.check(Transformer(), transformer_batch(), draws=1)
     with (

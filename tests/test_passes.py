@@ -149,6 +149,7 @@ class TestSites:
             ("G['model'].blocks.1", "blocks.1"),
             ("L['args'][0].model.layers.1", "model.layers.1"),
             ("L['self']._modules['a']._modules['0']", "a.0"),
+            ("L['self'].__dict__['_modules']['a'].__dict__['_modules']['b'].c.0", "a.b.c.0"),
         ],
     )
     def test_clean_module_path(self, path, name):

@@ -1,6 +1,7 @@
 """Models by name, by config file and from Python; the command ``wtacrs-fx report``."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_config_file(tmp_path):
         ("{", "expected a transformers config.json"),
         ("[1]", "expected a transformers config.json"),
         ("{}", "'model_type'"),
-        ('{"model_type": "no-such-model"}', "cannot read it"),
+        ('{"model_type": "no-such-model"}', "cannot read it: Unrecognized model identifier: no-such-model.$"),
         ('{"model_type": "bert"}', "task=None: expected one of classification, causal-lm"),
     ],
 )
@@ -71,6 +72,12 @@ def test_config_files_that_cannot_be_read(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ReportError, match=words):
         build(str(path), batch_size=2, length=8)
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ReportError, match="presets and config files need transformers"):
+        build("bert-base", batch_size=2, length=8)
 
 
 def test_bad_names():
@@ -99,6 +106,9 @@ def test_command(tmp_path, capsys, monkeypatch):
         (["--option", "ration=3"], "Did you mean 'ratio'?"),
         (["--option", "late"], "expected NAME=VALUE"),
         (["--ratio", "2"], "0 < ratio <= 1"),
+        (["--json", str(tmp_path / "none" / "report.json")], "there is no folder"),
+        (["--plot", str(tmp_path / "report.xyz")], "'xyz' is not supported"),
+        (["--device", "cdua"], "device='cdua': expected a device of torch"),
     ):
         assert main([*command, *options, *extra]) == 1
         assert words in capsys.readouterr().err

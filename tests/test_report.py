@@ -14,7 +14,7 @@ from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import compile_inductor
-from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.ledger import Ledger, Saved
 from wtacrs_fx.presets import PRESETS
 from wtacrs_fx.tracing import uncompiled
 
@@ -42,7 +42,7 @@ def held(model: nn.Module, batch, **options) -> int:
 
 @pytest.mark.parametrize("preset", [FAMILIES[f] for f in FAMILIES])
 def test_every_column_is_what_autograd_holds(preset):
-    options = {"ratio": 0.3, **SMALL}
+    options = {"ratio": 0.3, "inner": "eager", **SMALL}  # what Inductor adds: tests/test_layouts.py
     ledger = wtacrs_fx.report(*small(preset), **options)
     model, batch = small(preset, device="cpu")
     with measure.held(model) as count:
@@ -124,6 +124,33 @@ def test_tables_of_a_transformer():
     assert rows(ledger.table("layer")) == TRANSFORMER_LAYERS.strip()
 
 
+def saved(*modules: str) -> list[Saved]:
+    return [Saved(module, "Linear", (8, 8), "float32", bytes_exact=256) for module in modules]
+
+
+NESTED = [f"stages.{stage}.blocks.{i}.up" for stage, blocks in ((0, 2), (1, 3)) for i in range(blocks)]
+
+
+@pytest.mark.parametrize(
+    ("modules", "lines"),
+    [
+        (["encoder.0.up", "encoder.1.up", "decoder.0.up", "decoder.1.up"], ["encoder.0-1 (x2)", "decoder.0-1 (x2)"]),
+        ([*NESTED, "stages.1.norm"], ["stages.0.blocks.0-1 (x2)", "stages.1.blocks.0-2 (x3)", "stages.1"]),
+        (["stages.0.a", "stages.0.2.x.0.up", "stages.0.2.x.1.up"], ["stages.0", "stages.0.2.x.0-1 (x2)"]),
+        (
+            ["h.0.net.0", "h.0.net.2", "h.1.net.0", "h.1.out"],
+            ["h.0", "h.1"],
+        ),  # lists of single operations are one layer
+        (["h.0.e.0.up", "h.0.e.1.up", "h.1.e.0.up", "h.1.e.1.up", "h.2.e.0.up"], ["h.0-1 (x2)", "h.2"]),
+        (["0", "1", "2.up"], ["0-1 (x2)", "2"]),
+    ],
+)
+def test_equal_layers_fold_also_in_lists_of_lists(modules, lines):
+    table = Ledger((), 0, 0, tensors=tuple(saved(*modules))).table("layer").splitlines()
+    assert [line.partition("  ")[0] for line in table[2 : 2 + len(lines)]] == lines
+    assert table[2 + len(lines)].startswith("saved for backward")
+
+
 def test_files(ledger, tmp_path):
     assert Ledger.from_dict(json.loads(ledger.to_json())) == ledger
     lines = list(csv.DictReader(io.StringIO(ledger.to_csv())))
@@ -166,7 +193,26 @@ def test_eager_peak_is_the_measured_one():
 def test_symbolic_sizes_are_printed_as_symbols():
     backend = wtacrs_fx.Backend(inner="eager", **SMALL)
     torch.compile(Mlp(), backend=backend, dynamic=True)(torch.randn(128, 64)).backward()
-    assert any(isinstance(s, str) for t in backend.ledger.tensors for s in t.shape), backend.ledger.table("tensor")
+    (symbol,) = {s for t in backend.ledger.tensors for s in t.shape if isinstance(s, str)}
+    assert f"{symbol}x64" in backend.ledger.table("tensor")
+    assert backend.ledger.notes == (f"bytes are those of {symbol}=128",)
+    assert backend.ledger.summary().endswith(f"{symbol}=128")
+
+
+def test_masks_are_said_to_be_held_in_fewer_bits():
+    ledger = wtacrs_fx.report(Transformer(dropout=0.1), transformer_batch(), **SMALL)
+    packed = [t for t in ledger.tensors if t.reason == "held in fewer bits"]
+    assert len(packed) == len(ledger.compressed) > 0
+    assert all(t.dtype == "bool" and t.bytes_exact and not t.bytes_now for t in packed)
+
+
+def test_modules_of_adapters_have_their_own_names():
+    """One line per layer for all arms, also where Dynamo writes paths through ``__dict__``."""
+    ledger = wtacrs_fx.report(*small("llama-3-8b", lora={"r": 4}), **SMALL)
+    assert all(t.module.startswith("base_model.model") for t in ledger.tensors if t.module)
+    layers = [line for line in ledger.table("layer").splitlines() if "layers." in line]
+    assert layers
+    assert all(" - " not in line for line in layers), "held in each arm"
 
 
 class Broken(nn.Module):

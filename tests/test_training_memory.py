@@ -53,6 +53,8 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert traces.largest_batch("wtacrs", traces.fixed) == 0
     text = table([traces.at(arm, 64) for arm in found], found, "6 MiB")
     assert "largest batch in 6 MiB" in text
+    assert text.startswith("MiB"), "less than one GiB"
+    assert f"{traces.at('eager', 64).saved / 2**20:.2f}" in text
     assert str(found["wtacrs"]) in text
 
 
@@ -75,5 +77,7 @@ def test_bad_input():
         optimizer_bytes([], "adam")
     with pytest.raises(ValueError, match="'80 Gigs'"):
         traces.largest_batch("eager", "80 Gigs")
+    with pytest.raises(ReportError, match="device='cdua'"):
+        StepTraces(Mlp(), torch.randn(64, 256), device="cdua").at("inductor", 64)
     with pytest.raises(ReportError, match="no batch size"):
         StepTraces(Mlp(), {"x": 3}).largest_batch("eager", "1GiB")

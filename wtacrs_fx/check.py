@@ -14,14 +14,14 @@ from wtacrs_fx import measure
 from wtacrs_fx.backend import Backend
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
-from wtacrs_fx.tracing import Batch, call, starts
+from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, can_train, starts
 from wtacrs_fx.units import format_bytes
 
 DRAWS = 40
 
-MAX_Z = 5.0
-"""A mean further than this from the exact gradient is no chance: of 100 layers at 40 draws, one in about 800 checks has one
-(Student's t, 39 degrees of freedom)."""
+MAX_NORMAL = 4.366
+"""A mean further than this from the exact gradient, in units of a known standard error, is no chance: of 100 layers one in
+about 800 checks has one. The standard error is itself estimated: see :func:`max_z`."""
 
 SECOND_ORDER = 0.05
 """Squared bias in units of the squared noise of one draw that rounding may have: where one rounded tensor is two factors of
@@ -36,6 +36,13 @@ TOLERANCE = 1e-3
 
 ROUNDING = 1e-6
 """Added to the standard error, for gradients that hardly vary."""
+
+
+def max_z(draws: int) -> float:
+    """The bound of a z-score, as improbable by Student's t of ``draws - 1`` degrees of freedom as :data:`MAX_NORMAL` is by the
+    normal distribution (approximation of Wallace, 1959, which is too wide below five draws): 5 at 40 draws, 18 at 6."""
+    n = draws - 1
+    return math.sqrt(n * math.expm1((MAX_NORMAL * (8 * n + 3) / (8 * n + 1)) ** 2 / n))
 
 
 @dataclass(frozen=True)
@@ -85,12 +92,17 @@ class Check:
     """Whether tensors are rounded: then every gradient is a layer here, and a bias of second order is no fault."""
 
     @property
+    def bound(self) -> float:
+        """Of the z-scores."""
+        return max_z(self.draws)
+
+    @property
     def faults(self) -> list[str]:
         """What is wrong; empty if nothing is."""
         found = []
         biased = [layer.module for layer in self.layers if self._is_biased(layer)]
         if biased:
-            found.append(f"the mean gradient is off (|z| > {MAX_Z:g}) in {', '.join(biased)}")
+            found.append(f"the mean gradient is off (|z| > {self.bound:.3g}) in {', '.join(biased)}")
         if self.untouched > self.tolerance:
             found.append(f"a gradient that should be exact differs by {self.untouched:.1e} of its norm")
         if (self.saved_bytes, self.saved_bytes_exact) != (self.predicted_bytes, self.predicted_bytes_exact):
@@ -98,7 +110,7 @@ class Check:
         return found
 
     def _is_biased(self, layer: Layer) -> bool:
-        return abs(layer.z) > MAX_Z and not (self.rounded and layer.bias**2 < SECOND_ORDER * layer.error)
+        return abs(layer.z) > self.bound and not (self.rounded and layer.bias**2 < SECOND_ORDER * layer.error)
 
     def table(self) -> str:
         """One line per layer, the bytes, and the verdict."""
@@ -143,13 +155,13 @@ class Check:
         worst = max(self.layers, key=lambda x: abs(x.z))
         share = self.saved_bytes / max(1, self.saved_bytes_exact)
         bytes_ = f"bytes as predicted ({share:.2f} of exact training's)"
-        if abs(worst.z) <= MAX_Z:
+        if abs(worst.z) <= self.bound:
             kind = "sampled or rounded" if self.rounded else "sampled"
             return (
                 f"As it should be: {len(self.layers)} {kind} gradients without bias in {self.draws} draws (largest |z| "
-                f"{abs(worst.z):.1f}, bound {MAX_Z:g}), the others exact, {bytes_}."
+                f"{abs(worst.z):.1f}, bound {self.bound:.3g}), the others exact, {bytes_}."
             )
-        seen = [x for x in self.layers if abs(x.z) > MAX_Z]
+        seen = [x for x in self.layers if abs(x.z) > self.bound]
         largest = max(seen, key=lambda x: x.bias**2 / x.error)
         return (
             f"As it should be: of {len(self.layers)} sampled or rounded gradients {len(seen)} have a bias of second order that "
@@ -170,10 +182,11 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         options: the fields of :class:`wtacrs_fx.Config`. With ``seed`` None it is 0: rows must differ where dropout must not.
 
     Raises:
-        ReportError: fewer than 2 draws, nothing is sampled, or the model returns nothing to train on.
+        ReportError: fewer than 2 draws, nothing is trained or sampled, or the batch is on another device.
     """
     if draws < 2:
         raise ReportError(f"draws={draws}: expected at least 2, since a standard error is computed.")
+    can_train(model, batch)
     config = Config.from_options(options)
     config = dataclasses.replace(config, seed=0 if config.seed is None else config.seed)
     exact_backend, backend = Backend(config.exact()), Backend(config)
@@ -182,9 +195,11 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         compiled = torch.compile(model, backend=backend, dynamic=False)
         grads, held = _step(compiled, model, batch)
         rounded = any(c.bits > 1 for g in backend.ledgers for c in g.compressed)
-        entries = {_parameter(e.module, exact): e for e in backend.ledger.entries if e.decision != "exact"}
+        found_sites = [e for g in backend.ledgers for e in g.entries if e.decision != "exact"]
+        entries = {_parameter(e.module, exact): e for e in found_sites}
         if not entries and not rounded:
-            raise ReportError(f"nothing is sampled or rounded, so there is nothing to check:\n{backend.ledger.table()}")
+            tables = "\n".join(g.table() for g in backend.ledgers) or NO_TRAINING_GRAPH
+            raise ReportError(f"nothing is sampled or rounded, so there is nothing to check:\n{tables}")
         labels = {n: (e.module, e.decision, f"{e.kept}/{e.rows}") for n, e in entries.items()}
         if rounded:
             size = {n: float(g.double().square().mean()) for n, g in exact.items()}

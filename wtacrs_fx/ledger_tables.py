@@ -34,31 +34,54 @@ class Layer:
         return self.count * sum(getattr(t, field) for t in self.tensors)
 
 
-def layer_name(tensor: "Saved") -> str:
-    """``encoder.layer.0.attention.self`` -> ``encoder.layer.0``; without a number, the first two parts."""
+def layer_name(tensor: "Saved", depth: int = 1) -> str:
+    """``encoder.layer.0.attention.self`` -> ``encoder.layer.0``, up to the ``depth``-th number; without a number, the first
+    two parts."""
     if not tensor.module:
         return BATCH if tensor.op == "batch" else ROOT
     parts = tensor.module.split(".")
-    number = next((i for i, p in enumerate(parts) if p.isdigit()), 1)
-    return ".".join(parts[: number + 1])
+    numbers = [i for i, p in enumerate(parts) if p.isdigit()]
+    end = numbers[:depth][-1] if numbers else 1
+    return ".".join(parts[: end + 1])
 
 
-def layers(tensors: Iterable["Saved"]) -> list[Layer]:
-    """Tensors by layer, in the order in which layers first appear."""
+def layers(tensors: Iterable["Saved"], depth: int = 1) -> list[Layer]:
+    """Tensors by layer, in the order in which layers first appear.
+
+    Layers are the members of the outermost list of modules. Where no two of those are alike and lists inside of them have
+    modules that are (``stages.2.blocks.0-5``), they are the members of the inner lists.
+    """
     groups: dict[str, list[Saved]] = {}
     for t in tensors:
-        name = layer_name(t)
-        groups.setdefault(name, []).append(dataclasses.replace(t, module=t.module.removeprefix(name).lstrip(".")))
-    return [Layer(name, tuple(group)) for name, group in groups.items()]
+        groups.setdefault(layer_name(t, depth), []).append(t)
+    found = [_layer(name, group) for name, group in groups.items()]
+    alike = {_list_of(layer) for layer in fold(found) if layer.count > 1}
+    result = []
+    for layer, group in zip(found, groups.values()):
+        nested = _list_of(layer) not in alike and any(layer_name(t, depth + 1) != layer.name for t in group)
+        inner = layers(group, depth + 1) if nested else []
+        folds = any(x.count > 1 and any(t.module for t in x.tensors) for x in fold(inner))
+        result += inner if folds else [layer]
+    return result
+
+
+def _layer(name: str, tensors: Iterable["Saved"]) -> Layer:
+    relative = (dataclasses.replace(t, module=t.module.removeprefix(name).lstrip(".")) for t in tensors)
+    return Layer(name, tuple(relative))
+
+
+def _list_of(layer: Layer) -> str:
+    """``encoder.layer.0`` -> ``encoder.layer``."""
+    return layer.name.rpartition(".")[0]
 
 
 def fold(found: Sequence[Layer]) -> list[Layer]:
     """Numbered layers of one list with equal tensors as one, where the first of them stands: ``encoder.layer.0,2-11``."""
     groups: dict[Hashable, list[Layer]] = {}
     for layer in found:
-        prefix, _, number = layer.name.rpartition(".")
+        number = layer.name.rpartition(".")[2]
         own = tuple(sorted(map(repr, layer.tensors)))
-        groups.setdefault((prefix, own) if number.isdigit() else layer.name, []).append(layer)
+        groups.setdefault((_list_of(layer), own) if number.isdigit() else layer.name, []).append(layer)
     return [Layer(_joint_name(group), group[0].tensors, len(group)) for group in groups.values()]
 
 
@@ -66,13 +89,12 @@ def _joint_name(group: Sequence[Layer]) -> str:
     """``encoder.layer.0``, ``encoder.layer.1``, ``encoder.layer.3`` -> ``encoder.layer.0-1,3``."""
     if len(group) == 1:
         return group[0].name
-    prefix = group[0].name.rpartition(".")[0]
     numbers = sorted(int(layer.name.rpartition(".")[2]) for layer in group)
     ranges = []
     for _, run in itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
         members = [n for _, n in run]
         ranges.append(f"{members[0]}" if len(members) == 1 else f"{members[0]}-{members[-1]}")
-    return f"{prefix}.{','.join(ranges)}".lstrip(".")
+    return f"{_list_of(group[0])}.{','.join(ranges)}".lstrip(".")
 
 
 def layer_table(ledger: "Ledger") -> str:

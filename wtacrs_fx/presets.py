@@ -152,7 +152,10 @@ def build(
     Raises:
         ReportError: an unknown preset or task, a config that transformers cannot read, a missing package.
     """
-    import transformers
+    try:
+        import transformers
+    except ImportError as error:
+        raise ReportError('presets and config files need transformers: pip install "wtacrs-fx[hf]"') from error
 
     config, usual = _config(name, dict(overrides or {}))
     task = task or usual
@@ -193,7 +196,8 @@ def _config(name: str, overrides: dict[str, Any]) -> tuple[Any, str | None]:
     try:
         config = transformers.AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError, KeyError) as error:
-        raise ReportError(f"{name}: transformers {transformers.__version__} cannot read it: {error}") from error
+        first = str(error).partition(" Should contain one of")[0]  # (all of its several hundred types)
+        raise ReportError(f"{name}: transformers {transformers.__version__} cannot read it: {first}") from error
     config.use_cache = False
     for field in ("pad_token_id", "decoder_start_token_id"):
         if getattr(config, field, None) is None:

@@ -92,7 +92,7 @@ def with_eager(ledger: Ledger, step: EagerStep) -> Ledger:
             i = same.pop(0)
             rows[i] = replace(rows[i], bytes_eager=tensor.bytes_eager)
         else:
-            rows.append(tensor)
+            rows.append(replace(tensor, reason="eager autograd only"))
     predicted = Prediction(step.peak, step.allocated, seconds=0.0, flops=0)
     return replace(ledger, tensors=tuple(rows), saved_bytes_eager=step.saved_bytes, predicted_eager=predicted)
 
@@ -104,7 +104,7 @@ def join(ledgers: Sequence[Ledger], notes: Iterable[str] = ()) -> Ledger:
     alive too.
     """
     if len(ledgers) == 1:
-        return replace(ledgers[0], notes=tuple(notes))
+        return replace(ledgers[0], notes=(*notes, *ledgers[0].notes))
 
     def joined(predictions: Sequence[Prediction | None], held: Sequence[int]) -> Prediction | None:
         if any(p is None for p in predictions):
@@ -128,7 +128,7 @@ def join(ledgers: Sequence[Ledger], notes: Iterable[str] = ()) -> Ledger:
         parts=tuple(p for g in ledgers for p in g.parts),
         recomputed=sum(g.recomputed for g in ledgers),
         tensors=tuple(t for g in ledgers for t in g.tensors),
-        notes=tuple(notes),
+        notes=(*notes, *dict.fromkeys(n for g in ledgers for n in g.notes)),
     )
 
 

@@ -5,7 +5,7 @@ The model is traced without weights and without compute. Presets need transforme
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +27,8 @@ HELP = "what a model holds for its backward: eager, Inductor, wtacrs; and the la
 
 ERRORS = (ReportError, BudgetError)
 
+FILES = ("json", "csv", "plot")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory", metavar="SIZE", help='find the largest batch that fits, for example "80GiB"')
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="(%(default)s)")
     parser.add_argument("--optimizer-8bit", action="store_true", help="its states in 8 bits")
-    for kind in ("json", "csv", "plot"):
+    for kind in FILES:
         parser.add_argument(f"--{kind}", type=Path, metavar="PATH", help=f"write the saved tensors as {kind} too")
 
 
@@ -58,25 +60,36 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report and write its files. Raises: ReportError or BudgetError, with what to do about it."""
+    _check_files(args)
     model, batch = load(args)
-    options = backend_options(args)
+    options = {"device": args.device, **backend_options(args)}
     traces = checked(StepTraces, model, batch, args.optimizer, eight_bit=args.optimizer_8bit, **options)
     if args.gpu_memory:
         checked(traces.limit, args.gpu_memory)  # before anything is traced
-    ledger: Ledger = checked(report, model, batch, device=args.device, **options)
+    ledger: Ledger = checked(report, model, batch, **options)
     print(ledger.table(args.level))
-    traces.add(ledger)
-    found = [traces.at(arm, traces.batch_size) for arm in ARMS]
-    largest = {arm: checked(traces.largest_batch, arm, args.gpu_memory) for arm in ARMS} if args.gpu_memory else None
-    print(f"\nTraining with {args.optimizer}{' (8-bit)' * args.optimizer_8bit}, batch of {traces.batch_size}:")
-    print(table(found, largest, args.gpu_memory or ""))
     if args.json:
         args.json.write_text(ledger.to_json())
     if args.csv:
         args.csv.write_text(ledger.to_csv())
     if args.plot:
-        ledger.plot(args.plot)
+        checked(ledger.plot, args.plot)
+    traces.add(ledger)
+    found = [traces.at(arm, traces.batch_size) for arm in ARMS]
+    largest = {arm: checked(traces.largest_batch, arm, args.gpu_memory) for arm in ARMS} if args.gpu_memory else None
+    print(f"\nTraining with {args.optimizer}{' (8-bit)' * args.optimizer_8bit}, batch of {traces.batch_size}:")
+    print(table(found, largest, args.gpu_memory or ""))
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Find out before the work, and not behind it, that a file cannot be written."""
+    for kind in FILES:
+        path = getattr(args, kind)
+        if path and not path.absolute().parent.is_dir():
+            raise ReportError(f"--{kind} {path}: there is no folder {path.absolute().parent}; make it first.")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ReportError('--plot needs matplotlib: pip install "wtacrs-fx[plot]"')
 
 
 def load(args: argparse.Namespace, device: str = "meta") -> tuple[nn.Module, Batch]:

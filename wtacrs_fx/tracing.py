@@ -53,15 +53,10 @@ class FakeRun:
             ReportError: the model has no parameter that requires a gradient, the batch is on another device, or this build of
                 torch has no autograd for ``device``.
         """
-        weights = [*model.parameters(), *model.buffers()]
-        if not any(w.requires_grad for w in weights):
-            raise ReportError(
-                f"{type(model).__name__} has no parameter that requires a gradient, so nothing is saved for a backward: give "
-                "a model that is trained (requires_grad_(True) on what is)."
-            )
-        _check_devices(weights, batch)
+        can_train(model, batch)
         if device is not None:
-            _check_support(torch.device(device))
+            _check_support(device)
+        weights = [*model.parameters(), *model.buffers()]
         modes = [w.fake_mode for w in weights if isinstance(w, FakeTensor)]
         mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
         target = "cpu" if device is None and any(w.device.type == "meta" for w in weights) else device
@@ -181,7 +176,17 @@ def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Call
     return boxed
 
 
-def _check_devices(weights: Sequence[Tensor], batch: Batch) -> None:
+def can_train(model: nn.Module, batch: Batch) -> None:
+    """Refuse what no step can be made of.
+
+    Raises: ReportError: no parameter requires a gradient, or the batch is on another device than the model.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    if not any(w.requires_grad for w in weights):
+        raise ReportError(
+            f"{type(model).__name__} has no parameter that requires a gradient, so nothing is saved for a backward: give a "
+            "model that is trained (requires_grad_(True) on what is)."
+        )
     devices = sorted({str(w.device) for w in weights})
     others = sorted({str(t.device) for t in tree_leaves(batch) if isinstance(t, Tensor)} - set(devices))
     if others:
@@ -190,8 +195,12 @@ def _check_devices(weights: Sequence[Tensor], batch: Batch) -> None:
         )
 
 
-def _check_support(device: torch.device) -> None:
+def _check_support(name: str | torch.device) -> None:
     """Fake tensors of a device need none, but autograd ends the process where torch was built without it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ReportError(f"device={name!r}: expected a device of torch, such as 'cpu' or 'cuda'.") from error
     if device.type == "cuda" and not torch.backends.cuda.is_built():
         raise ReportError(
             f"device={str(device)!r}: torch {torch.__version__} is built without CUDA, and its autograd has no CUDA tensors, "

@@ -72,13 +72,21 @@ class StepTraces:
             the batch size (that of the first tensor).
         optimizer: a key of :data:`OPTIMIZERS`.
         eight_bit: whether its states have 8 bits.
+        device: as for :func:`wtacrs_fx.report`.
         options: the fields of :class:`wtacrs_fx.Config`.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Batch, optimizer: str = "adamw", *, eight_bit: bool = False, **options: Any
+        self,
+        model: nn.Module,
+        batch: Batch,
+        optimizer: str = "adamw",
+        *,
+        eight_bit: bool = False,
+        device: str | torch.device | None = None,
+        **options: Any,
     ) -> None:
-        self.model, self.batch, self.config = model, batch, Config.from_options(options)
+        self.model, self.batch, self.device, self.config = model, batch, device, Config.from_options(options)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.parameters = _bytes((*model.parameters(), *model.buffers()))
         self.gradients = _bytes(trained)
@@ -114,7 +122,7 @@ class StepTraces:
         """The memory of an arm ("eager", "inductor" or "wtacrs") at a batch size, from a trace of it."""
         if (arm, size) not in self._found:
             with many_graphs():
-                run = FakeRun.of(self.model, self.batch).resized(self.batch_size, size)
+                run = FakeRun.of(self.model, self.batch, self.device).resized(self.batch_size, size)
                 if arm == "eager":
                     step = eager_step(run)
                     predicted = Prediction(step.peak, step.allocated, 0.0, 0)
@@ -185,7 +193,8 @@ class StepTraces:
 
 
 def table(found: "list[TrainingMemory]", largest: Mapping[str, int] | None = None, memory: str = "") -> str:
-    """Arms as columns, in GiB, and the largest batch in ``memory``."""
+    """Arms as columns, in GiB (for less than one of them in MiB), and the largest batch in ``memory``."""
+    unit, size = ("GiB", 2**30) if max(m.total for m in found) >= 2**30 else ("MiB", 2**20)
     rows: list[tuple[str, ...]] = []
     for title, name in (
         ("parameters", "parameters"),
@@ -195,10 +204,10 @@ def table(found: "list[TrainingMemory]", largest: Mapping[str, int] | None = Non
         ("largest transient", "transient"),
         ("total at the peak", "total"),
     ):
-        rows.append((title, *(f"{getattr(m, name) / 2**30:.2f}" for m in found)))
+        rows.append((title, *(f"{getattr(m, name) / size:.2f}" for m in found)))
     if largest:
         rows.append((f"largest batch in {memory}", *(str(largest[m.arm]) for m in found)))
-    return tabulate(rows, ("GiB", *(m.arm for m in found)), disable_numparse=True)
+    return tabulate(rows, (unit, *(m.arm for m in found)), disable_numparse=True)
 
 
 def optimizer_bytes(parameters: Sequence[Tensor], name: str, *, eight_bit: bool = False) -> int:
