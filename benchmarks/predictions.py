@@ -39,7 +39,7 @@ _OPT = {
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 0}
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "bert": ("bert-base", {"num_hidden_layers": 4}),
-    "gpt2": ("gpt2", {"n_layer": 4, **_TOKENS}),
+    "gpt2": ("gpt2", {"n_layer": 4, "loss_type": "ForCausalLM", **_TOKENS}),
     "t5": ("t5-base", {"num_layers": 2, "num_decoder_layers": 2}),
     "llama": ("llama-3.2-1b", _NARROW),
     "opt": ("opt-1.3b", _OPT),
@@ -85,26 +85,29 @@ def measure_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
         overrides={**overrides, **shape},
         device=args.device,
     )
-    arms: dict[str, dict[str, int]] = {}
+    measured: dict[str, int] = {}
+    predicted: dict[str, int] = {}
     for arm in ARMS:
         print(f"{name}: {arm}", flush=True)
         torch._dynamo.reset()
-        budget = None if arm == "inductor" else memory_budget(arm)
-        backend = Backend(ratio=1.0 if arm == "inductor" else args.ratio, memory_budget=budget)
+        backend: Any = "inductor"
+        if arm != "inductor":
+            backend = Backend(ratio=args.ratio, memory_budget=memory_budget(arm))
         step = functools.partial(_step, torch.compile(model, backend=backend, dynamic=False), batch)
         step()
-        found = measure.peaks(step, model)
-        ledger = backend.ledger
-        predicted = ledger.predicted_exact if arm == "inductor" else ledger.predicted
-        assert predicted is not None
-        arms[arm] = {"measured": found.activations, "predicted": predicted.peak}
+        measured[arm] = measure.peaks(step, model).activations
+        if isinstance(backend, Backend):
+            exact, now = backend.ledger.predicted_exact, backend.ledger.predicted
+            assert exact
+            assert now
+            predicted |= {"inductor": exact.peak, arm: now.peak}
     return {
         "model": name,
         "batch_size": args.batch_size,
         "length": args.length,
         "ratio": args.ratio,
         "environment": measure.environment(),
-        "arms": arms,
+        "arms": {arm: {"measured": measured[arm], "predicted": predicted[arm]} for arm in ARMS},
     }
 
 

@@ -1,5 +1,7 @@
 """Predict when each buffer of a graph is alive once Inductor has compiled it, and how long the graph runs."""
 
+import itertools
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +10,7 @@ from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts, Kernel, find_kernels, fuse
+from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
 
@@ -53,11 +56,14 @@ def timeline(
         returned: view bases that are alive at the end.
         stays: those of ``returned`` that are gradients of parameters.
         facts: about the graph's nodes, from earlier simulations.
-        reuse: whether dead buffers are kept for later ones (Inductor's ``allow_buffer_reuse``) or freed at once.
+        reuse: whether Inductor manages memory as by default: dead buffers are kept for later ones (``allow_buffer_reuse``), and
+            products are reordered (``reorder_for_peak_memory``). False: dead buffers are freed at once, in the given order.
     """
     facts = facts or Facts()
     kernels = find_kernels(nodes, given, returned, facts)
     groups = fuse(kernels)
+    if reuse:
+        groups = _reordered(groups, returned, facts)
     last: dict[Node, int] = {}
     for i, group in enumerate(groups):
         for kernel in group:
@@ -69,7 +75,7 @@ def timeline(
     for node, i in last.items():
         if node in alive and node not in returned:
             dies[i].append(node)
-    takes = [{} if reuse else _taken_over(g, d, facts) for g, d in zip(groups, dies)]
+    takes = [_taken_over(g, d, facts) for g, d in zip(groups, dies)]
     early = {taken for t in takes for new, taken in t.items() if new in stays}
     live = sum(map(facts.bytes, given))
     resident = 0
@@ -82,12 +88,40 @@ def timeline(
         residents.append(resident)
         live -= sum(facts.bytes(n) for n in dying if n not in take.values())
     estimate = [a + sum(k.size for k in g if k.internal) for a, g in zip(lives, groups)]
-    held = _held_for_reuse(real, dies, estimate, facts) if reuse else [0] * len(groups)
+    held = [0] * len(groups)
+    if reuse:
+        new = [[k for k in group if k.node not in take] for group, take in zip(real, takes)]
+        freed = [[n for n in dying if n not in take.values()] for dying, take in zip(dies, takes)]
+        held = _held_for_reuse(new, freed, estimate, facts)
     result = Timeline()
     for group, a, b, c in zip(real, lives, residents, held):
         result.kernels += group
         result.live += [a + c] * len(group)
         result.resident += [b] * len(group)
+    return result
+
+
+def _reordered(groups: list[list[Kernel]], returned: Collection[Node], facts: Facts) -> list[list[Kernel]]:
+    """Of two library calls that follow each other and do not need each other, the one after which less is alive first: of
+    the two products of a linear layer's backward mostly the weight's gradient, whose input is freed then."""
+    readers: dict[Node, int] = {}
+    for group in groups:
+        for node in {n for kernel in group for n in kernel.reads}:
+            readers[node] = readers.get(node, 0) + 1
+
+    def movable(group: Sequence[Kernel]) -> bool:
+        node = group[0].node
+        return group[0].library and is_tensor(node) and node.target is not operator.getitem
+
+    def added(group: Sequence[Kernel]) -> int:
+        (kernel,) = group
+        return kernel.size - sum(facts.bytes(n) for n in kernel.reads if readers[n] == 1 and n not in returned)
+
+    result = list(groups)
+    for i, (first, second) in enumerate(itertools.pairwise(groups)):
+        both = movable(first) and movable(second) and result[i] is first
+        if both and first[0].node not in second[0].reads and added(second) < added(first):
+            result[i], result[i + 1] = second, first
     return result
 
 
