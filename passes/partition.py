@@ -17,6 +17,7 @@ from wtacrs_fx.passes.joint_graph import cutter
 from wtacrs_fx.passes.kinds import is_tangent
 from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import decide
+from wtacrs_fx.passes.summary import ledger_of
 from wtacrs_fx.passes.work import Work
 from wtacrs_fx.roomy import roomy
 
@@ -63,7 +64,7 @@ def partition(
         work.run()
     if not work.sites and not work.has_products:
         return (*work.best, None)
-    return (*work.best, work.ledger())
+    return (*work.best, ledger_of(work))
 
 
 @contextlib.contextmanager

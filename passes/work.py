@@ -3,24 +3,17 @@
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.config import Config
-from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes.account import (
-    build_ledger,
-    fused_entry,
-    packed_entries,
-    rounded_entries,
-    saved_bytes,
-    size_notes,
-)
+from wtacrs_fx.ledger import Prediction
+from wtacrs_fx.passes.account import saved_bytes
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
-from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, parts, predict, report_miss, roofline_of
+from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, predict, report_miss, roofline_of
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
@@ -36,10 +29,9 @@ from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retr
 from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
 from wtacrs_fx.passes.round import Rounding, round_factors
 from wtacrs_fx.passes.sample import Sampled, sample
-from wtacrs_fx.passes.saved import saved_list
 from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
-from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, fused_attention, gradient_outputs
+from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs
 from wtacrs_fx.passes.unfold import unfold_late_sums
 from wtacrs_fx.passes.watch import watch
 
@@ -259,25 +251,6 @@ class Work:
         self.recomputation = plan
         self.recomputed = self.users | {by_name[n.name] for n in plan.recomputed if n.name in by_name}
         self.starts = {by_name[n.name]: why for n, why in plan.starts.items() if n.name in by_name}
-
-    def ledger(self) -> Ledger:
-        exact, now = (saved_tensors(p[0], self.num_fwd_outputs) for p in (self.exact, self.best))
-        ledger = build_ledger(self.plan, self.done, exact, now, self.in_memory)
-        compressed = {view_base(n).name for n in (*(r.tensor for r in self.roundings), *(p.mask for p in self.packed))}
-        listed = saved_list(
-            self.plan, self.done, self.exact, self.best, self.num_fwd_outputs, self.in_memory, compressed
-        )
-        fused = fused_attention(self.joint.graph, self.kinds) if self.config.attention else []
-        ledger = replace(ledger, entries=(*ledger.entries, *map(fused_entry, fused)), tensors=tuple(listed))
-        return replace(
-            ledger,
-            notes=size_notes(self.joint.graph),
-            compressed=(*rounded_entries(self.roundings, self.done.rounded), *packed_entries(self.packed)),
-            predicted_exact=self.prediction,
-            predicted=self.predicted(),
-            parts=tuple(parts(self.recomputation)) if self.recomputation else (),
-            recomputed=len(self.recomputed),
-        )
 
     def _saved(self) -> set[str]:
         return {view_base(n).name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
