@@ -1,7 +1,6 @@
 """Rewrite a joint graph, cut it with torch's min-cut partitioner, keep what paid, and account for it."""
 
 import contextlib
-import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import decide
 from wtacrs_fx.passes.summary import ledger_of
 from wtacrs_fx.passes.work import Work
-from wtacrs_fx.roomy import roomy
+from wtacrs_fx.roomy import collector_paused, roomy
 
 
 @roomy
@@ -69,16 +68,9 @@ def partition(
 
 @contextlib.contextmanager
 def many_graphs() -> Iterator[None]:
-    """Make no code for modules that are never run, and pause Python's cyclic garbage collector: it walks over all graphs
-    again and again and finds nothing, for a third of the time of a partition."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        with _use_lazy_graph_module(True):
-            yield
-    finally:
-        if was_on:
-            gc.enable()
+    """Make no code for modules that are never run, and pause Python's garbage collector."""
+    with collector_paused(), _use_lazy_graph_module(True):
+        yield
 
 
 @many_graphs()

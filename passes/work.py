@@ -63,6 +63,8 @@ class Work:
     uncut: Uncut | None = None
     roundings: list[Rounding] = field(default_factory=list)
     packed: list[Packed] = field(default_factory=list)
+    known: tuple[Partition, Prediction] | None = None
+    """What is predicted of a partition."""
 
     @classmethod
     def prepare(
@@ -132,6 +134,7 @@ class Work:
             self.best = copy_joint(self.exact[0])[0], copy_joint(self.exact[1])[0]
         if self.config.pack_masks:
             self.packed = pack_masks(*self.best, self.num_fwd_outputs, self.config.min_bytes)
+            self.known = None
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
         for module in self.best:
             with watch("split_seeds", module.graph, self.config.verbose):
@@ -243,8 +246,10 @@ class Work:
 
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
-        reuse = not (self.recomputed or self.roundings) if self.config.reuse is None else self.config.reuse
-        return predict(self.best, self.in_memory, self.device, reuse=reuse)
+        if self.known is None or self.known[0] is not self.best:
+            reuse = not (self.recomputed or self.roundings) if self.config.reuse is None else self.config.reuse
+            self.known = self.best, predict(self.best, self.in_memory, self.device, reuse=reuse)
+        return self.known[1]
 
     def _recompute(self, plan: Plan) -> None:
         by_name = {n.name: n for n in self.joint.graph.nodes}

@@ -5,6 +5,8 @@ options; ``run(args)``, which returns the exit code; and ``ERRORS``, exceptions 
 """
 
 import argparse
+import atexit
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, module in COMMANDS.items():
         module.configure(commands.add_parser(name, help=module.HELP, description=module.__doc__))
     args = parser.parse_args(argv)
+    atexit.register(gc.freeze)  # seconds for large graphs, which need not be taken apart when the process ends
     command = COMMANDS[args.command]
     try:
         return command.run(args)

@@ -5,6 +5,7 @@ The model is traced without weights and without compute. Presets need transforme
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from wtacrs_fx.errors import BudgetError, ReportError
 from wtacrs_fx.ledger import LEVELS, Ledger
 from wtacrs_fx.presets import PRESETS, TASKS, build
 from wtacrs_fx.report import report
+from wtacrs_fx.roomy import collector_paused
 from wtacrs_fx.tracing import Batch
 from wtacrs_fx.training_memory import ARMS, OPTIMIZERS, StepTraces, table
 from wtacrs_fx.units import positive
@@ -66,7 +68,12 @@ def run(args: argparse.Namespace) -> int:
     traces = checked(StepTraces, model, batch, args.optimizer, eight_bit=args.optimizer_8bit, **options)
     if args.gpu_memory:
         checked(traces.limit, args.gpu_memory)  # before anything is traced
-    ledger: Ledger = checked(report, model, batch, **options)
+    # (A search makes too many graphs to keep them all.)
+    with contextlib.nullcontext() if args.gpu_memory else collector_paused():
+        return _report(args, traces, checked(report, model, batch, **options))
+
+
+def _report(args: argparse.Namespace, traces: StepTraces, ledger: Ledger) -> int:
     print(ledger.table(args.level))
     if args.json:
         args.json.write_text(ledger.to_json())
