@@ -21,6 +21,16 @@ def test_opcheck_draw_seed():
     opcheck(ops.draw_seed.default, (torch.device("cpu"), None))
 
 
+@pytest.mark.parametrize("seed", [torch.tensor([3]), torch.tensor([-(2**62)])])
+def test_opcheck_stream_key(seed):
+    opcheck(ops.stream_key.default, (seed, 2))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_opcheck_split_seeds(n):
+    opcheck(ops.split_seeds.default, (torch.arange(n),))
+
+
 def test_opcheck_draw_seed_of_its_own_generator():
     """Without the test that compares two calls: opcheck holds torch's generator still for it, and knows no other."""
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
