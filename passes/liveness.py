@@ -127,7 +127,8 @@ def _reordered(groups: list[list[Kernel]], returned: Collection[Node], facts: Fa
 
 def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) -> dict[Node, Node]:
     """Output of the kernel -> the buffer whose memory it takes over: of the same size and type, computed in this graph, and
-    read by nothing else then or later. (What the graph was given may belong to somebody else.)"""
+    read by nothing else then or later, in the order in which it is written (a copy is for another order). What the graph was
+    given may belong to somebody else."""
     if not dying or group[0].library:
         return {}
     readers: dict[Node, list[Kernel]] = {}
@@ -136,7 +137,8 @@ def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) 
             readers.setdefault(node, []).append(kernel)
     taken: dict[Node, Node] = {}
     for kernel in group:
-        if kernel.library or kernel.internal or facts.reduction(kernel.node):
+        copied = kernel.node.target is torch.ops.aten.clone.default
+        if kernel.library or kernel.internal or copied or facts.reduction(kernel.node):
             continue
         for node in dying:
             alone = node.op == "call_function" and readers.get(node) == [kernel] and node not in taken.values()

@@ -338,7 +338,7 @@ class TestMemoryModel:
         size = 16 * 16 * 4
         line = timeline([a, b, c, d], given={x}, returned={d})
         assert [k.node for k in line.kernels] == [a, c, d]
-        assert line.live == [2 * size, 2 * size, 2 * size]  # x a | a c | c d
+        assert line.live == [2 * size, size, 2 * size]  # x a | c, in the place of a | c d
         assert line.kernels[1].reads == frozenset({a})
 
     def test_gradients_of_parameters_are_told_apart(self):
