@@ -138,11 +138,11 @@ def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) 
     taken: dict[Node, Node] = {}
     for kernel in group:
         copied = kernel.node.target is torch.ops.aten.clone.default
-        if kernel.library or kernel.internal or copied or facts.reduction(kernel.node):
+        if kernel.library or kernel.internal or copied or not kernel.size or facts.reduction(kernel.node):
             continue
         for node in dying:
-            alone = node.op == "call_function" and readers.get(node) == [kernel] and node not in taken.values()
-            if alone and _key(node, facts) == _key(kernel.node, facts):
+            ours = node.op == "call_function" and facts.bytes(node) == kernel.size and node not in taken.values()
+            if ours and readers.get(node) == [kernel] and _key(node, facts) == _key(kernel.node, facts):
                 taken[kernel.node] = node
                 break
     return taken

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from wtacrs_fx import Backend, Ledger, measure
+from wtacrs_fx.passes import partition
+from wtacrs_fx.passes.summary import ledger_of
 from wtacrs_fx.passes.work import Work
 
 from helpers import SMALL, Transformer, gradients, transformer_batch
@@ -18,8 +20,7 @@ def step(monkeypatch=None, **options) -> tuple[dict[str, torch.Tensor], Ledger, 
     model, batch = Transformer(width=WIDTH, layers=2), transformer_batch(8, 64, WIDTH)
     works: list[Work] = []
     if monkeypatch is not None:
-        ledger = Work.ledger
-        monkeypatch.setattr(Work, "ledger", lambda work: works.append(work) or ledger(work))
+        monkeypatch.setattr(partition, "ledger_of", lambda work: works.append(work) or ledger_of(work))
     backend = Backend(**{**SMALL, "ratio": 1.0, "inner": "eager", **options})
     found = gradients(model, *batch, call=torch.compile(model, backend=backend))
     return found, backend.ledger, works
