@@ -1,6 +1,6 @@
 """Classify every value of a joint forward-backward graph: weight, activation or gradient."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from enum import IntEnum
 
 import torch
@@ -67,3 +67,13 @@ def is_drawn_mask(node: Node) -> bool:
     if getattr(node.meta.get("val"), "dtype", None) is not torch.bool:
         return False
     return any(draws(n) and is_tensor(n) and n.meta["val"].is_floating_point() for n in node.all_input_nodes)
+
+
+def ancestors(nodes: Iterable[Node], through: Callable[[Node], bool] = lambda node: True) -> set[Node]:
+    """All that the nodes depend on, followed as far as ``through`` is true of it."""
+    stack, found = [source for node in nodes for source in node.all_input_nodes], set[Node]()
+    while stack:
+        if (node := stack.pop()) not in found and through(node):
+            found.add(node)
+            stack += node.all_input_nodes
+    return found

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
-from wtacrs_fx.passes.kinds import is_tensor
+from wtacrs_fx.passes.kinds import ancestors, is_tensor
 
 aten = torch.ops.aten
 
@@ -24,7 +24,8 @@ def relaid_weights(forward: GraphModule, weights: Collection[str]) -> set[str]:
     convolutions = forward.graph.find_nodes(op="call_function", target=aten.convolution.default)
     if not convolutions or not _changes_layouts(forward):
         return set()
-    needed = _ancestors(forward.graph, convolutions)
+    # (Inductor does not follow layouts through a batched product)
+    needed = ancestors(convolutions, through=lambda n: n.target is not aten.bmm.default)
     return {n.name for n in needed if n.name in weights and is_tensor(n) and _is_copied(n.meta["val"])}
 
 
@@ -37,12 +38,3 @@ def _changes_layouts(forward: GraphModule) -> bool:
 
 def _is_copied(value: torch.Tensor) -> bool:
     return value.dim() == 4 and not value.is_contiguous(memory_format=torch.channels_last)
-
-
-def _ancestors(graph: Graph, nodes: Collection[Node]) -> set[Node]:
-    """All that the nodes are computed from, as far as Inductor follows layouts: not through a batched product."""
-    found = set(nodes)
-    for node in reversed(graph.nodes):
-        if node.target is not aten.bmm.default and any(user in found for user in node.users):
-            found.add(node)
-    return found

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from wtacrs_fx.passes.kinds import Kind, is_tensor
+from wtacrs_fx.passes.kinds import Kind, ancestors, is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.products import behind_transposes
 from wtacrs_fx.passes.sites import CONTRACTIONS
@@ -28,18 +28,8 @@ def find_tangents(graph: Graph) -> list[Node]:
     ones = [*graph.find_nodes(op="call_function", target=aten.ones_like.default)]
     ones += [n for n in graph.find_nodes(op="call_function", target=aten.full_like.default) if n.args[1] == 1]
     found = [n for n in ones if is_tensor(n) and n.meta["val"].numel() == 1]
-    inner = {n for one in found for n in _ancestors(one)}
+    inner = {n for one in found for n in ancestors([one])}
     return [n for n in found if n not in inner]
-
-
-def _ancestors(node: Node) -> set[Node]:
-    """All nodes that a node depends on."""
-    stack, seen = [*node.all_input_nodes], set[Node]()
-    while stack:
-        if (current := stack.pop()) not in seen:
-            seen.add(current)
-            stack += current.all_input_nodes
-    return seen
 
 
 def match_gradients(graph: Graph, kinds: Mapping[Node, Kind]) -> dict[Node, Node]:
