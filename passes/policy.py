@@ -21,6 +21,9 @@ MIN_LATE_WIDTH = 128
 2 * width FLOPs an element. Where it saves no bytes either, a product narrower than this on one side (LoRA's) stays exact."""
 
 
+ALL_ROWS = "ratio 1 keeps every row"
+NO_RATIO = "ratio has no pattern for it"
+
 REARRANGED = "wtacrs_rearranged"
 """Key in ``meta`` of a tensor that holds the numbers of another one in another order; the value is that node."""
 
@@ -47,6 +50,8 @@ class Decision:
     """Rows kept; 0 if exact."""
     group: tuple = ()
     """Sites of equal group read the same tensor; early ones share one draw."""
+    ratio: float = 1.0
+    """Share of rows kept."""
 
     @property
     def base(self) -> Node:
@@ -65,10 +70,26 @@ def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
     plan = []
     for site in sites:
         first = Action.LATE if config.late == "sample" and not site.is_attention else Action.EARLY
-        reason = _why_exact(site, config)
-        k = 0 if reason else rows_kept(site.activation.rows, config.ratio)
-        plan.append(Decision(site, Action.EXACT if reason else first, reason, k, draw_group(site)))
-    return plan
+        reason, group = _why_exact(site, config), draw_group(site)
+        ratio = 1.0 if reason else config.ratio_of(site.module) or 1.0
+        plan.append(Decision(site, Action.EXACT if reason else first, reason, 0, group, ratio))
+    return share_ratios(plan)
+
+
+def share_ratios(plan: Sequence[Decision]) -> list[Decision]:
+    """Sites of one group share one draw: its ratio is the largest of theirs. Where that is 1 they stay exact."""
+    ratios: dict[tuple, float] = {}
+    for d in plan:
+        if d.action is not Action.EXACT:
+            ratios[d.group] = max(ratios.get(d.group, 0.0), d.ratio)
+    new = []
+    for d in plan:
+        if d.action is not Action.EXACT and (ratio := ratios[d.group]) < 1:
+            d = replace(d, ratio=ratio, k=rows_kept(d.site.activation.rows, ratio))
+        elif d.action is not Action.EXACT:
+            d = d.to(Action.EXACT, ALL_ROWS)
+        new.append(d)
+    return new
 
 
 def settle(
@@ -224,7 +245,8 @@ def excluded(module: str, config: Config) -> str:
         return f"excluded by {matches[0]!r}"
     if not any(fnmatch.fnmatchcase(module, p) for p in config.include):
         return "not in include"
-    return "ratio 1 keeps every row" if config.ratio == 1 else ""
+    ratio = config.ratio_of(module)
+    return NO_RATIO if ratio is None else ALL_ROWS if ratio == 1 else ""
 
 
 def too_small(rows: int, nbytes: int, config: Config) -> str:

@@ -160,7 +160,7 @@ class _Rewriter:
         if isinstance(decision.k, int):
             return decision.k
         rows = emit(aten.sym_size.int, importance, importance.meta["val"].dim() - 1)
-        share = ratio_fraction(self.config.ratio)
+        share = ratio_fraction(decision.ratio)
         scaled = emit(operator.mul, rows, share.numerator)
         return emit(operator.floordiv, emit(operator.add, scaled, share.denominator - 1), share.denominator)
 

@@ -7,12 +7,14 @@ if not (Path(__file__).parent / "passes").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from wtacrs_fx.backend import Backend, ledgers, partitioner
+from wtacrs_fx.calibrate import calibrate
 from wtacrs_fx.check import check
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, InvariantError, ReportError, WtacrsWarning
 from wtacrs_fx.frontier import Frontier, frontier
 from wtacrs_fx.joint import rewrite_joint
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.noise_budget import NoiseBudget
 from wtacrs_fx.report import report
 from wtacrs_fx.rewrite import rewrite
 from wtacrs_fx.show import print_graph
@@ -25,8 +27,10 @@ __all__ = [
     "Frontier",
     "InvariantError",
     "Ledger",
+    "NoiseBudget",
     "ReportError",
     "WtacrsWarning",
+    "calibrate",
     "check",
     "frontier",
     "ledgers",

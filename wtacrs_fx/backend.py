@@ -22,6 +22,7 @@ from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.inductor import ORDERED, compile_inductor
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.partition import partition
+from wtacrs_fx.passes.policy import NO_RATIO
 from wtacrs_fx.passes.sites import clean_module_path
 
 TESTED = ((2, 13), (2, 13))
@@ -125,7 +126,7 @@ class Backend:
         partition_fn = Partitioner(self.config, dynamo_names(gm))
         partition_fn.ledgers = self.ledgers
         if self.config.inner == "eager":
-            return _compile_eager(gm, example_inputs, partition_fn, mode)
+            return compile_eager(gm, example_inputs, partition_fn, mode)
         with sidecar.ledger_of(gm, example_inputs, partition_fn):
             return compile_inductor(gm, example_inputs, partition_fn, mode)
 
@@ -144,7 +145,7 @@ def wtacrs(
     return Backend(Config.from_options(options))(gm, example_inputs, mode=mode)
 
 
-def _compile_eager(
+def compile_eager(
     gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
 ) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
@@ -173,7 +174,13 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
             f"wtacrs: include={unmatched!r} matches no linear layer of this graph, so nothing is sampled for it. "
             f"Available names: {shown}."
         )
-    if config.ratio < 1 and ledger.count("exact") == len(ledger.entries):
+    unnamed = [e.module for e in ledger.entries if e.reason == NO_RATIO]
+    if unnamed:
+        messages.append(
+            f"wtacrs: ratio has no pattern for {', '.join(unnamed[:20])}{', ...' * (len(unnamed) > 20)}: they stay exact. Add "
+            "one, or '*' as the last."
+        )
+    if config.samples and ledger.count("exact") == len(ledger.entries):
         reasons = Counter(e.reason.partition(" (")[0] for e in ledger.entries)
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "it has no weight-gradient product"
         messages.append(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
 import json
 import math
@@ -48,10 +49,12 @@ class Config:
         ValueError: a value outside its range.
     """
 
-    ratio: float = _option(
+    ratio: float | Mapping[str, float] = _option(
         0.3,
         "Share of rows (tokens) of a linear layer's input kept for the weight gradient, 0 < ratio <= 1; "
-        "ceil(ratio * rows) rows are kept. 1 trains exactly.",
+        "ceil(ratio * rows) rows are kept. 1 trains exactly. A dict gives a share per module: the first of its patterns "
+        "(fnmatch) that matches counts, modules without one stay exact, and modules that read one input keep the largest of "
+        "their shares. wtacrs_fx.calibrate() measures such a dict.",
     )
     estimator: str = _option(
         "wta_crs",
@@ -119,7 +122,7 @@ class Config:
         for name in ("include", "exclude", "round_include", "round_exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "inductor", _inductor_options(self.inductor))
-        _check_number("ratio", self.ratio, float, lambda r: 0 < r <= 1, "a number with 0 < ratio <= 1, such as 0.3")
+        object.__setattr__(self, "ratio", _ratios(self.ratio))
         _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         _check_choice("late", self.late, ("sample", "exact"))
         _check_choice("inner", self.inner, ("inductor", "eager"))
@@ -173,6 +176,17 @@ class Config:
                 )
         return cls(**options)
 
+    def ratio_of(self, module: str) -> float | None:
+        """Share of rows kept for a module; None where ``ratio`` is a dict that has no pattern for it."""
+        if not isinstance(self.ratio, Mapping):
+            return self.ratio
+        return next((r for p, r in self.ratio.items() if fnmatch.fnmatchcase(module, p)), None)
+
+    @property
+    def samples(self) -> bool:
+        """Whether any module is asked to keep fewer rows than all."""
+        return any(r < 1 for r in (self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio,)))
+
     @property
     def reuse(self) -> bool | None:
         """Inductor's ``allow_buffer_reuse`` where the user has given it."""
@@ -181,6 +195,8 @@ class Config:
     def fingerprint(self) -> str:
         """A hash over every option, for cache keys. Equal options give equal fingerprints in every process."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if isinstance(self.ratio, Mapping):
+            values["ratio"] = list(self.ratio.items())  # the order of the patterns counts
         values["inductor"] = sorted((k, repr(v)) for k, v in self.inductor.items())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -202,6 +218,25 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
             f"{name}={value!r}: expected a pattern or a list of patterns over module names, e.g. '*.query'."
         )
     return tuple(value)
+
+
+def _ratios(value: Any) -> float | dict[str, float]:
+    expected = "a number with 0 < ratio <= 1, such as 0.3"
+    if value == "auto":
+        raise ValueError(
+            "ratio='auto': shares are measured on your data, ratios = wtacrs_fx.calibrate(model, batches, ratio=0.3).ratios, "
+            "and given as options={'ratio': ratios}; wtacrs_fx.NoiseBudget does both while you train."
+        )
+    if not isinstance(value, Mapping):
+        _check_number("ratio", value, float, lambda r: 0 < r <= 1, f"{expected}, or a dict of such numbers by module")
+        return value
+    if not value or not all(isinstance(p, str) for p in value):
+        raise TypeError(
+            f"ratio={value!r}: expected {expected}, or a dict of them by pattern, e.g. {{'*.query': 0.1, '*': 0.3}}."
+        )
+    for pattern, share in value.items():
+        _check_number(f"ratio[{pattern!r}]", share, float, lambda r: 0 < r <= 1, expected)
+    return dict(value)
 
 
 def _inductor_options(value: Any) -> dict[str, Any]:

@@ -227,12 +227,14 @@ class RowSampler(nn.Module):
     Args:
         config: ratio, estimator, min_rows, min_bytes and seed.
         columns: sample the columns of the operand (the right factor of a product) and not its rows.
+        module: whose ratio it is, where they differ by module.
     """
 
-    def __init__(self, config: Config, columns: bool = False) -> None:
+    def __init__(self, config: Config, columns: bool = False, module: str = "") -> None:
         super().__init__()
         self.config, self.columns = config, columns
-        self.share = ratio_fraction(config.ratio).as_integer_ratio()
+        self.ratio = config.ratio_of(module) or 1.0
+        self.share = ratio_fraction(self.ratio).as_integer_ratio()
 
     def forward(self, operand: Tensor, *partners: Tensor) -> tuple[Tensor | None, Tensor | None]:
         refuse_tracing(operand)
@@ -240,7 +242,7 @@ class RowSampler(nn.Module):
         if matrix is None or not matrix.is_floating_point():
             return None, None
         nbytes = matrix.numel() * matrix.element_size()
-        if self.config.ratio == 1 or too_small(matrix.shape[-2], nbytes, self.config):
+        if self.ratio == 1 or too_small(matrix.shape[-2], nbytes, self.config):
             return None, None
         with torch.no_grad():
             seed = wtacrs.draw_seed(matrix.device, self.config.seed)
@@ -264,4 +266,4 @@ class RowSampler(nn.Module):
         return h if partners[0].shape[:-2] == h.shape[:-2] else None
 
     def extra_repr(self) -> str:
-        return f"ratio={self.config.ratio}, estimator={self.config.estimator!r}" + ", columns" * self.columns
+        return f"ratio={self.ratio}, estimator={self.config.estimator!r}" + ", columns" * self.columns

@@ -282,7 +282,11 @@ def _entries(
             value = tensor_of(gm, product.operand(columns))
             shape = () if value is None else draw_shape(product, value, columns, gm)
             rows: Any = shape[-2] if shape else "?"
-            kept: Any = rows if product.reason or not shape else rows_kept(rows, config.ratio)
+            kept: Any = (
+                rows
+                if product.reason or not shape
+                else rows_kept(rows, config.ratio_of(shared or product.module) or 1.0)
+            )
             counted = value is not None and not shared and product.reason != FROZEN
             size = value.numel() * value.element_size() if counted and value is not None else 0
             matrices = torch.Size(shape[:-2]).numel()

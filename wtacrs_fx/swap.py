@@ -48,9 +48,9 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
     left = {n: reason for n, m in admitted.items() if (reason := _why_exact(m))}
     chosen = {n: m for n, m in admitted.items() if n not in left}
     draws = SharedDraws()
-    for module in chosen.values():
+    for name, module in chosen.items():
         module.__class__ = SampledLinear
-        module.wtacrs_sampler = RowSampler(config).train(module.training)
+        module.wtacrs_sampler = RowSampler(config, module=name).train(module.training)
         object.__setattr__(module, "wtacrs_draws", draws)
     if left:
         reasons = ", ".join(f"{name!r} ({reason})" for name, reason in left.items())
