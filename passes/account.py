@@ -40,7 +40,8 @@ def build_ledger(
         elif decision.action is Action.LATE:
             after += sum(storages([done.norms[decision.group]]).values())
         elif decision.action is Action.EARLY:
-            after = sum(storages(done.draws[decision.group]).values())
+            kept = done.draws[decision.group]
+            after = sum(storages((*kept.stored, kept.index)).values())
         first_of.setdefault(decision.group, site.module)
         rows = _size(site.activation.rows)
         entries.append(
@@ -55,6 +56,7 @@ def build_ledger(
                 bytes_now=after,
                 decision=decision.action.value,
                 reason=reason,
+                bits=decision.form.bits if decision.form and decision.action is Action.EARLY else None,
             )
         )
     return Ledger(tuple(entries), sum(storages(exact, weights).values()), sum(storages(now, weights).values()))

@@ -13,6 +13,7 @@ from torch.fx import Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.sites import Site
+from wtacrs_fx.rounding import Format, written_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -47,6 +48,8 @@ class Decision:
     """Rows kept; 0 if exact."""
     group: tuple = ()
     """Sites of equal group read the same tensor; early ones share one draw."""
+    form: Format | None = None
+    """How kept rows are stored if they are chosen in the forward; None: as they are."""
 
     @property
     def base(self) -> Node:
@@ -67,8 +70,23 @@ def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
         first = Action.LATE if config.late == "sample" and not site.is_attention else Action.EARLY
         reason = _why_exact(site, config)
         k = 0 if reason else rows_kept(site.activation.rows, config.ratio)
-        plan.append(Decision(site, Action.EXACT if reason else first, reason, k, draw_group(site)))
+        form = row_format(site, k, config)
+        if form is not None and (missing := -k % (8 // form.bits)) and k + missing <= site.activation.rows:
+            k += missing  # rows come out even on bytes
+        plan.append(Decision(site, Action.EXACT if reason else first, reason, k, draw_group(site), form))
     return plan
+
+
+def row_format(site: Site, k: "int | torch.SymInt", config: Config) -> Format | None:
+    """How k kept rows of a site are stored: in ``row_bits``, of attention's operands (small differences of large numbers) in
+    twice as many; None, as they are, where that would take no fewer bytes or the sizes or the type are not fit for it."""
+    value = site.activation.value
+    narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if config.row_bits is None or not k or not narrow or not all(isinstance(n, int) for n in (k, *value.shape)):
+        return None
+    form = Format(min(8, 2 * config.row_bits) if site.is_attention else config.row_bits, scale_bits=16)
+    shape = (hint(k), hint(site.activation.width))
+    return form if written_bytes(shape, form) < shape[0] * shape[1] * value.dtype.itemsize else None
 
 
 def settle(

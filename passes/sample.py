@@ -10,6 +10,11 @@ Early (rows chosen in the forward, before the cut into forward and backward)::
     permute: f32[O, M] = permute(grad, [1, 0])      index: f32[k, O] = grad[select_rows.0]
     mm: f32[O, D] = mm(permute, view)               mm: f32[O, D] = mm(index.T, rows)
 
+With ``row_bits`` the rows are rounded where they are gathered, and the backward computes them from their codes::
+
+                                                    (forward)   codes, scales = quantise(rows, key)
+                                                    (backward)  rows: f32[k, D] = dequantise(codes, scales)
+
 Late: the same in the backward, with ``|view_i| |grad_i|`` as the importance; only the norms of ``view`` come from the
 forward, and ``view[rows]`` is computed from whatever the cut saves.
 
@@ -28,10 +33,25 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
-from wtacrs_fx.passes.round import Rounded
+from wtacrs_fx.passes.round import Rounded, read, write
 from wtacrs_fx.passes.sites import Operand, Site
+from wtacrs_fx.rounding import Format
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A draw of the forward as the backward has it."""
+
+    stored: tuple[Node, ...]
+    """Placeholders: the scaled rows, or their codes and scales."""
+    index: Node
+    """Placeholder: which rows they are."""
+    rows: Node
+    """What products read: the scaled rows."""
+    dim: int
+    """Of ``rows``, along which they are counted."""
 
 
 @dataclass
@@ -40,8 +60,8 @@ class Sampled:
 
     early: int = 0
     late: int = 0
-    draws: dict[tuple, tuple[Node, Node]] = field(default_factory=dict)
-    """Draw group of early sites -> placeholders (rows, row index) that the backward reads."""
+    draws: dict[tuple, Kept] = field(default_factory=dict)
+    """Draw group of early sites -> what is kept of it."""
     norms: dict[tuple, Node] = field(default_factory=dict)
     """Draw group of late sites -> placeholder of the row norms that the backward reads."""
     products: dict[Node, Node] = field(default_factory=dict)
@@ -69,13 +89,17 @@ def sample(
         config: estimator.
         rounded: what was rounded before: late sites read what stands for it.
     """
-    done = Sampled(rounded=rounded or Rounded())
+    done, plan = Sampled(rounded=rounded or Rounded()), list(plan)
+    readers: dict[tuple, list[Node]] = {}
+    for decision in plan:
+        if decision.action is Action.EARLY:
+            readers.setdefault(decision.group, []).append(env[decision.site.node])
     rewriter = _Rewriter(graph, env, draws, config, done.rounded.stands_for)
     for decision in plan:
         if decision.action is Action.EARLY:
             if decision.group not in done.draws:
-                done.draws[decision.group] = rewriter.keep_rows(decision)
-            done.products[decision.site.node] = rewriter.early(decision, *done.draws[decision.group])
+                done.draws[decision.group] = rewriter.keep_rows(decision, min(readers[decision.group]))
+            done.products[decision.site.node] = rewriter.early(decision, done.draws[decision.group])
             done.early += 1
         elif decision.action is Action.LATE:
             done.products[decision.site.node] = rewriter.late(decision)
@@ -93,26 +117,38 @@ class _Rewriter:
         self.norms: dict[tuple, Node] = {}
         self.matrices: dict[Node, Node] = {}
 
-    def keep_rows(self, decision: Decision) -> tuple[Node, Node]:
-        """Choose and gather rows of H right behind it, in the forward; returns the backward's (rows, row index)."""
+    def keep_rows(self, decision: Decision, first: Node) -> Kept:
+        """Choose and gather rows of H right behind it, in the forward, for products of the backward from ``first`` on."""
         source = self.env[decision.site.activation.source]
         seed, _ = self.draws.seed(source)
         h, dim = self._matrix(decision.site.activation)
         with self.draws.behind(h):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
             rows, scale = self._select(emit, _norms(emit, h, dim), seed, decision)
-            kept = _gather_scaled(emit, h, dim, rows, scale)
-        return self.severed.cut(kept), self.severed.cut(rows)
+            if decision.form is None:
+                stored = self.severed.cut(_gather_scaled(emit, h, dim, rows, scale))
+                return Kept((stored,), self.severed.cut(rows), stored, dim)
+            return self._keep_rounded(emit, _gather_wide(emit, h, dim, rows, scale), dim, rows, decision.form, first)
 
-    def early(self, decision: Decision, kept: Node, rows: Node) -> Node:
+    def _keep_rounded(self, emit: Emitter, kept: Node, dim: int, rows: Node, form: Format, first: Node) -> Kept:
+        """The same in few bits, with groups along the features of each row; computed from them in front of ``first``."""
+        features = _other(kept, dim)
+        order = [d for d in range(kept.meta["val"].dim()) if d not in (dim, features)] + [dim, features]
+        written = write(emit, kept, order, form, self.draws)
+        like = kept.meta["val"].to(emit.like.meta["val"].dtype)
+        with self.graph.inserting_before(first):
+            again = read(Emitter(self.graph, emit.like, tag="must_be_in_backward"), written, like, order, form)
+        return Kept(written, self.severed.cut(rows), again, dim)
+
+    def early(self, decision: Decision, kept: Kept) -> Node:
         """``G^T H`` becomes ``G[rows]^T (scale * H[rows])``."""
         site = decision.site
         node = self.env[site.node]
         with self.graph.inserting_before(node):
             emit = Emitter(self.graph, node, tag="must_be_in_backward")
             g, g_dim = self._matrix(site.gradient)
-            _, dim = self._matrix(site.activation)
-            return self._replace(emit, site, node, (kept, dim), (_gather(emit, g, g_dim, rows), g_dim))
+            taken = _gather(emit, g, g_dim, kept.index), g_dim
+            return self._replace(emit, site, node, (kept.rows, kept.dim), taken)
 
     def late(self, decision: Decision) -> Node:
         """The same with rows chosen in the backward by ``|h_i| |g_i|``, the importance of least variance."""
@@ -209,9 +245,13 @@ def _gather(emit: Emitter, matrix: Node, dim: int, rows: Node) -> Node:
 def _gather_scaled(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
     """``scale * matrix[rows]``, multiplied in float32: a scale rounded to bfloat16 would bias every row alike."""
     dtype = matrix.meta["val"].dtype
-    column = emit(aten.unsqueeze.default, scale, _other(matrix, dim))
-    kept = emit(aten.mul.Tensor, _as_float32(emit, _gather(emit, matrix, dim, rows)), column)
+    kept = _gather_wide(emit, matrix, dim, rows, scale)
     return kept if kept.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, kept, dtype)
+
+
+def _gather_wide(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
+    column = emit(aten.unsqueeze.default, scale, _other(matrix, dim))
+    return emit(aten.mul.Tensor, _as_float32(emit, _gather(emit, matrix, dim, rows)), column)
 
 
 def _contract(emit: Emitter, matrix: Node, dim: int, to: int) -> Node:

@@ -49,8 +49,9 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
     chosen = {n: m for n, m in admitted.items() if n not in left}
     draws = SharedDraws()
     for module in chosen.values():
+        sampler = RowSampler(config).train(module.training)  # (may refuse the options: nothing is changed then)
         module.__class__ = SampledLinear
-        module.wtacrs_sampler = RowSampler(config).train(module.training)
+        module.wtacrs_sampler = sampler
         object.__setattr__(module, "wtacrs_draws", draws)
     if left:
         reasons = ", ".join(f"{name!r} ({reason})" for name, reason in left.items())
