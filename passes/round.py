@@ -130,7 +130,7 @@ def _read(graph: Graph, env: Mapping[Node, Node], rounding: Rounding, written: S
         return read(emit, written, rounding.tensor.meta["val"], rounding.order, rounding.form)
 
 
-def write(emit: Emitter, tensor: Node, order: Sequence[int], form: Format, draws: Draws) -> tuple[Node, ...]:
+def write(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Draws) -> tuple[Node, ...]:
     """Codes and scales of a tensor whose dimensions are written in this order, computed in the forward with a key of their
     own; returns the backward's."""
 
@@ -142,7 +142,7 @@ def write(emit: Emitter, tensor: Node, order: Sequence[int], form: Format, draws
     return tuple(draws.severed.cut(w) for w in written)
 
 
-def read(emit: Emitter, written: Sequence[Node], like: Tensor, order: Sequence[int], form: Format) -> Node:
+def read(emit: Emitter, written: Sequence[Node], like: Tensor, order: list[int], form: Format) -> Node:
     """The tensor that :func:`write` has written, with the shape and type of ``like``."""
     inverse = [order.index(d) for d in range(len(order))]
 

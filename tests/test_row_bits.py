@@ -217,7 +217,7 @@ def test_joint_graphs_too():
 
 def test_where_autograd_keeps_the_rows_it_is_refused():
     model, batch = layers()
-    with pytest.raises(ValueError, match="row_bits=8: .*row_bits=None"):
+    with pytest.raises(ValueError, match=r"row_bits=8: .*row_bits=None"):
         wtacrs_fx.rewrite(torch.fx.symbolic_trace(model), batch, row_bits=8, min_rows=1, min_bytes=0)
     with pytest.raises(ValueError, match="row_bits=8"):
         wtacrs_fx.swap_linears(model, row_bits=8)
