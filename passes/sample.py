@@ -15,6 +15,12 @@ With ``row_bits`` the rows are rounded where they are gathered, and the backward
                                                     (forward)   codes, scales = quantise(rows, key)
                                                     (backward)  rows: f32[k, D] = dequantise(codes, scales)
 
+With ``center_rows`` the mean of the rows is subtracted before, and what it contributes is added exactly::
+
+                                                    mean: f32[1, D] = view.mean(0); centered = view - mean
+                                                    rows: f32[k, D] = centered[select_rows.0] * select_rows.1[:, None]
+                                                    mm: f32[O, D] = mm(index.T, rows) + grad.sum(0)[:, None] * mean
+
 Late: the same in the backward, with ``|view_i| |grad_i|`` as the importance; only the norms of ``view`` come from the
 forward, and ``view[rows]`` is computed from whatever the cut saves.
 
@@ -64,6 +70,8 @@ class Sampled:
     """Draw group of early sites -> what is kept of it."""
     norms: dict[tuple, Node] = field(default_factory=dict)
     """Draw group of late sites -> placeholder of the row norms that the backward reads."""
+    means: dict[tuple, Node] = field(default_factory=dict)
+    """Draw group -> placeholder of the mean row that the backward reads, with ``center_rows``."""
     products: dict[Node, Node] = field(default_factory=dict)
     """Site's product in the original graph -> its replacement."""
     rounded: Rounded = field(default_factory=Rounded)
@@ -105,6 +113,7 @@ def sample(
             done.products[decision.site.node] = rewriter.late(decision)
             done.late += 1
     done.norms = rewriter.norms
+    done.means = {group: mean for group, (_, mean) in rewriter.means.items()}
     return done
 
 
@@ -115,6 +124,7 @@ class _Rewriter:
         self.graph, self.env, self.draws, self.config, self.rounded = graph, dict(env), draws, config, rounded
         self.severed = draws.severed
         self.norms: dict[tuple, Node] = {}
+        self.means: dict[tuple, tuple[Node, Node]] = {}
         self.matrices: dict[Node, Node] = {}
 
     def keep_rows(self, decision: Decision, first: Node) -> Kept:
@@ -122,13 +132,28 @@ class _Rewriter:
         source = self.env[decision.site.activation.source]
         seed, _ = self.draws.seed(source)
         h, dim = self._matrix(decision.site.activation)
-        with self.draws.behind(h):
+        mean, _ = self._mean(decision)
+        with self.draws.behind(h if mean is None else mean):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
+            h = _center(emit, h, mean)
             rows, scale = self._select(emit, _norms(emit, h, dim), seed, decision)
+            kept = _gather_scaled(emit, h, dim, rows, scale)
             if decision.form is None:
-                stored = self.severed.cut(_gather_scaled(emit, h, dim, rows, scale))
+                stored = self.severed.cut(_as_type(emit, kept, decision))
                 return Kept((stored,), self.severed.cut(rows), stored, dim)
-            return self._keep_rounded(emit, _gather_wide(emit, h, dim, rows, scale), dim, rows, decision.form, first)
+            return self._keep_rounded(emit, kept, dim, rows, decision.form, first)
+
+    def _mean(self, decision: Decision) -> tuple[Node | None, Node | None]:
+        """The mean row of H, [1, D] or [D, 1], float32: in the forward, and as the backward reads it."""
+        if not self.config.center_rows or decision.site.is_attention:
+            return None, None
+        if decision.group not in self.means:
+            h, dim = self._matrix(decision.site.activation)
+            with self.draws.behind(h):
+                emit = Emitter(self.graph, h, tag="must_be_in_forward")
+                mean = emit(aten.mean.dim, _as_float32(emit, h), [dim], True)
+            self.means[decision.group] = mean, self.severed.cut(mean)
+        return self.means[decision.group]
 
     def _keep_rounded(self, emit: Emitter, kept: Node, dim: int, rows: Node, form: Format, first: Node) -> Kept:
         """The same in few bits, with groups along the features of each row; computed from them in front of ``first``."""
@@ -148,7 +173,18 @@ class _Rewriter:
             emit = Emitter(self.graph, node, tag="must_be_in_backward")
             g, g_dim = self._matrix(site.gradient)
             taken = _gather(emit, g, g_dim, kept.index), g_dim
-            return self._replace(emit, site, node, (kept.rows, kept.dim), taken)
+            part = self._exact_part(emit, decision, kept.dim, g, g_dim)
+            return self._replace(emit, site, node, (kept.rows, kept.dim), taken, part)
+
+    def _exact_part(self, emit: Emitter, decision: Decision, dim: int, g: Node, g_dim: int) -> Node | None:
+        """``(sum_i g_i) mean^T``, what the subtracted mean contributes, in the product's orientation."""
+        _, mean = self._mean(decision)
+        if mean is None:
+            return None
+        total = emit(aten.sum.dim_IntList, _as_float32(emit, g), [g_dim], True)
+        first = decision.site.activation_first  # [D, O]: the mean is a column
+        mean, total = _contract(emit, mean, dim, to=int(first)), _contract(emit, total, g_dim, to=int(not first))
+        return emit(aten.mul.Tensor, mean, total)
 
     def late(self, decision: Decision) -> Node:
         """The same with rows chosen in the backward by ``|h_i| |g_i|``, the importance of least variance."""
@@ -163,8 +199,10 @@ class _Rewriter:
             g, g_dim = self._matrix(site.gradient)
             importance = emit(aten.mul.Tensor, h_norms, _norms(emit, g, g_dim))
             rows, scale = self._select(emit, importance, seed, decision)
-            kept = _gather_scaled(emit, h, h_dim, rows, scale)
-            return self._replace(emit, site, node, (kept, h_dim), (_gather(emit, g, g_dim, rows), g_dim))
+            h = _center(emit, h, self._mean(decision)[1])
+            kept = _as_type(emit, _gather_scaled(emit, h, h_dim, rows, scale), decision)
+            part = self._exact_part(emit, decision, h_dim, g, g_dim)
+            return self._replace(emit, site, node, (kept, h_dim), (_gather(emit, g, g_dim, rows), g_dim), part)
 
     def _matrix(self, operand: Operand) -> tuple[Node, int]:
         """The operand without a leading dimension of 1: one view per tensor, on whichever side of the cut it is read."""
@@ -182,8 +220,10 @@ class _Rewriter:
         """Row norms of H [M], taken where H is made: the backward then computes H again at the kept rows only."""
         if decision.group not in self.norms:
             h, dim = self._matrix(decision.site.activation)
-            with self.draws.behind(h):
-                norms = _norms(Emitter(self.graph, h, tag="must_be_in_forward"), h, dim)
+            mean, _ = self._mean(decision)
+            with self.draws.behind(h if mean is None else mean):
+                emit = Emitter(self.graph, h, tag="must_be_in_forward")
+                norms = _norms(emit, _center(emit, h, mean), dim)
             self.norms[decision.group] = self.severed.cut(norms)
         return self.norms[decision.group]
 
@@ -200,14 +240,22 @@ class _Rewriter:
         scaled = emit(operator.mul, rows, share.numerator)
         return emit(operator.floordiv, emit(operator.add, scaled, share.denominator - 1), share.denominator)
 
-    def _replace(self, emit: Emitter, site: Site, node: Node, h: tuple[Node, int], g: tuple[Node, int]) -> Node:
+    def _replace(
+        self,
+        emit: Emitter,
+        site: Site,
+        node: Node,
+        h: tuple[Node, int],
+        g: tuple[Node, int],
+        part: Node | None = None,
+    ) -> Node:
         left, right = (h, g) if site.activation_first else (g, h)
         rank = left[0].meta["val"].dim()
         target = aten.mm.default if rank == 2 else aten.bmm.default
         product = emit(target, _contract(emit, *left, to=rank - 1), _contract(emit, *right, to=rank - 2))
-        result = product
+        result = product if part is None else _like(emit, emit(aten.add.Tensor, part, product), product)
         if node.target is aten.bmm.default and rank == 2:
-            result = emit(aten.unsqueeze.default, product, 0)
+            result = emit(aten.unsqueeze.default, result, 0)
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
         self.env[site.node] = result  # which may be the gradient of the next site, in attention
@@ -244,14 +292,23 @@ def _gather(emit: Emitter, matrix: Node, dim: int, rows: Node) -> Node:
 
 def _gather_scaled(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
     """``scale * matrix[rows]``, multiplied in float32: a scale rounded to bfloat16 would bias every row alike."""
-    dtype = matrix.meta["val"].dtype
-    kept = _gather_wide(emit, matrix, dim, rows, scale)
-    return kept if kept.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, kept, dtype)
-
-
-def _gather_wide(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
     column = emit(aten.unsqueeze.default, scale, _other(matrix, dim))
     return emit(aten.mul.Tensor, _as_float32(emit, _gather(emit, matrix, dim, rows)), column)
+
+
+def _center(emit: Emitter, matrix: Node, mean: Node | None) -> Node:
+    """The matrix without the mean of its rows, in float32; as it is without one."""
+    return matrix if mean is None else emit(aten.sub.Tensor, _as_float32(emit, matrix), mean)
+
+
+def _as_type(emit: Emitter, rows: Node, decision: Decision) -> Node:
+    return _like(emit, rows, decision.site.activation.source)
+
+
+def _like(emit: Emitter, node: Node, other: Node) -> Node:
+    """In the other node's type."""
+    dtype = other.meta["val"].dtype
+    return node if node.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, node, dtype)
 
 
 def _contract(emit: Emitter, matrix: Node, dim: int, to: int) -> Node:

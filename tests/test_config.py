@@ -34,6 +34,7 @@ from wtacrs_fx import Backend, Config, partitioner
         ({"verbose": "yes"}, TypeError, ["verbose='yes'"]),
         ({"verbose": 3}, TypeError, ["verbose=3", "or 2"]),
         ({"attention": 1}, TypeError, ["attention=1"]),
+        ({"center_rows": 1}, TypeError, ["center_rows=1"]),
         ({"inductor": 3}, TypeError, ["inductor=3", "dict"]),
         ({"inductor": {"custom_partitioner_fn": None}}, ValueError, ["custom_partitioner_fn"]),
     ],
@@ -70,6 +71,8 @@ def test_fingerprint_covers_every_option():
     changed = {
         "ratio": 0.2,
         "estimator": "crs",
+        "row_bits": 8,
+        "center_rows": True,
         "min_rows": 5,
         "min_bytes": 5,
         "include": "a",

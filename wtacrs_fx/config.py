@@ -68,6 +68,11 @@ class Config:
         "16-bit rows half of that. Rows stay as they are where that takes no more bytes (very narrow ones), in float64, and "
         "where sizes are symbolic. Attention's get twice the bits, at most 8. None: as they are.",
     )
+    center_rows: bool = _option(
+        False,
+        "Sample rows minus their mean; what the mean contributes to the weight gradient is computed exactly (one more pass "
+        "over the input in the forward and over the gradient in the backward). Less noise where all rows have much in common.",
+    )
     min_rows: int = _option(128, "Products over fewer rows than this stay exact. Rows.")
     min_bytes: int = _option(65536, "Inputs smaller than this stay exact. Bytes.")
     include: tuple[str, ...] = _option(
@@ -145,7 +150,7 @@ class Config:
             _check_number(
                 "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
             )
-        for name in ("attention", "pack_masks", "round_fused_attention"):
+        for name in ("attention", "center_rows", "pack_masks", "round_fused_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
         if not isinstance(self.verbose, bool) and self.verbose != 2:
