@@ -179,13 +179,9 @@ def _error_table(result: dict[str, Any]) -> str:
     return tabulate(rows, ("ratio", "norms", "estimator", *titles), tablefmt="github", disable_numparse=True)
 
 
-def _ratio_of(row: tuple[str, ...]) -> str:
-    return row[0]
-
-
 def _condition_table(result: dict[str, Any]) -> str:
     rows: list[tuple[str, ...]] = []
-    for key, found in result["conditions"].items():
+    for key, found in sorted(result["conditions"].items(), key=lambda item: item[0].split("/")[1]):
         source, ratio = key.split("/")
         k = int(float(ratio) * result["rows"])
         winners, masses = ([f[i] for f in found] for i in (0, 1))
@@ -194,7 +190,7 @@ def _condition_table(result: dict[str, Any]) -> str:
             (ratio, source, f"{statistics.median(winners) / k:.2f}", f"{statistics.median(masses):.2f}", f"{met:.2f}")
         )
     return tabulate(
-        sorted(rows, key=_ratio_of),
+        rows,
         ("ratio", "norms", "|C|/k", "mass of C", "met in"),
         tablefmt="github",
         disable_numparse=True,

@@ -30,7 +30,6 @@ Attention's products are the same with a leading dimension, and with rows [B, k]
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -40,6 +39,7 @@ from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
 from wtacrs_fx.passes.round import Rounded, read, write
+from wtacrs_fx.passes.rows import as_float32, center, contract, gather, gather_scaled, like, other_dim, row_norms
 from wtacrs_fx.passes.sites import Operand, Site
 from wtacrs_fx.rounding import Format
 
@@ -135,9 +135,9 @@ class _Rewriter:
         mean, _ = self._mean(decision)
         with self.draws.behind(h if mean is None else mean):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
-            h = _center(emit, h, mean)
-            rows, scale = self._select(emit, _norms(emit, h, dim), seed, decision)
-            kept = _gather_scaled(emit, h, dim, rows, scale)
+            h = center(emit, h, mean)
+            rows, scale = self._select(emit, row_norms(emit, h, dim), seed, decision)
+            kept = gather_scaled(emit, h, dim, rows, scale)
             if decision.form is None:
                 stored = self.severed.cut(_as_type(emit, kept, decision))
                 return Kept((stored,), self.severed.cut(rows), stored, dim)
@@ -151,18 +151,18 @@ class _Rewriter:
             h, dim = self._matrix(decision.site.activation)
             with self.draws.behind(h):
                 emit = Emitter(self.graph, h, tag="must_be_in_forward")
-                mean = emit(aten.mean.dim, _as_float32(emit, h), [dim], True)
+                mean = emit(aten.mean.dim, as_float32(emit, h), [dim], True)
             self.means[decision.group] = mean, self.severed.cut(mean)
         return self.means[decision.group]
 
     def _keep_rounded(self, emit: Emitter, kept: Node, dim: int, rows: Node, form: Format, first: Node) -> Kept:
         """The same in few bits, with groups along the features of each row; computed from them in front of ``first``."""
-        features = _other(kept, dim)
+        features = other_dim(kept, dim)
         order = [d for d in range(kept.meta["val"].dim()) if d not in (dim, features)] + [dim, features]
         written = write(emit, kept, order, form, self.draws)
-        like = kept.meta["val"].to(emit.like.meta["val"].dtype)
+        value = kept.meta["val"].to(emit.like.meta["val"].dtype)
         with self.graph.inserting_before(first):
-            again = read(Emitter(self.graph, emit.like, tag="must_be_in_backward"), written, like, order, form)
+            again = read(Emitter(self.graph, emit.like, tag="must_be_in_backward"), written, value, order, form)
         return Kept(written, self.severed.cut(rows), again, dim)
 
     def early(self, decision: Decision, kept: Kept) -> Node:
@@ -172,7 +172,7 @@ class _Rewriter:
         with self.graph.inserting_before(node):
             emit = Emitter(self.graph, node, tag="must_be_in_backward")
             g, g_dim = self._matrix(site.gradient)
-            taken = _gather(emit, g, g_dim, kept.index), g_dim
+            taken = gather(emit, g, g_dim, kept.index), g_dim
             part = self._exact_part(emit, decision, kept.dim, g, g_dim)
             return self._replace(emit, site, node, (kept.rows, kept.dim), taken, part)
 
@@ -181,9 +181,9 @@ class _Rewriter:
         _, mean = self._mean(decision)
         if mean is None:
             return None
-        total = emit(aten.sum.dim_IntList, _as_float32(emit, g), [g_dim], True)
+        total = emit(aten.sum.dim_IntList, as_float32(emit, g), [g_dim], True)
         first = decision.site.activation_first  # [D, O]: the mean is a column
-        mean, total = _contract(emit, mean, dim, to=int(first)), _contract(emit, total, g_dim, to=int(not first))
+        mean, total = contract(emit, mean, dim, to=int(first)), contract(emit, total, g_dim, to=int(not first))
         return emit(aten.mul.Tensor, mean, total)
 
     def late(self, decision: Decision) -> Node:
@@ -197,12 +197,12 @@ class _Rewriter:
             source = self.env[site.activation.source]
             h, h_dim = self._view(self.rounded.get(source, source), site.activation)
             g, g_dim = self._matrix(site.gradient)
-            importance = emit(aten.mul.Tensor, h_norms, _norms(emit, g, g_dim))
+            importance = emit(aten.mul.Tensor, h_norms, row_norms(emit, g, g_dim))
             rows, scale = self._select(emit, importance, seed, decision)
-            h = _center(emit, h, self._mean(decision)[1])
-            kept = _as_type(emit, _gather_scaled(emit, h, h_dim, rows, scale), decision)
+            h = center(emit, h, self._mean(decision)[1])
+            kept = _as_type(emit, gather_scaled(emit, h, h_dim, rows, scale), decision)
             part = self._exact_part(emit, decision, h_dim, g, g_dim)
-            return self._replace(emit, site, node, (kept, h_dim), (_gather(emit, g, g_dim, rows), g_dim), part)
+            return self._replace(emit, site, node, (kept, h_dim), (gather(emit, g, g_dim, rows), g_dim), part)
 
     def _matrix(self, operand: Operand) -> tuple[Node, int]:
         """The operand without a leading dimension of 1: one view per tensor, on whichever side of the cut it is read."""
@@ -223,7 +223,7 @@ class _Rewriter:
             mean, _ = self._mean(decision)
             with self.draws.behind(h if mean is None else mean):
                 emit = Emitter(self.graph, h, tag="must_be_in_forward")
-                norms = _norms(emit, _center(emit, h, mean), dim)
+                norms = row_norms(emit, center(emit, h, mean), dim)
             self.norms[decision.group] = self.severed.cut(norms)
         return self.norms[decision.group]
 
@@ -252,8 +252,8 @@ class _Rewriter:
         left, right = (h, g) if site.activation_first else (g, h)
         rank = left[0].meta["val"].dim()
         target = aten.mm.default if rank == 2 else aten.bmm.default
-        product = emit(target, _contract(emit, *left, to=rank - 1), _contract(emit, *right, to=rank - 2))
-        result = product if part is None else _like(emit, emit(aten.add.Tensor, part, product), product)
+        product = emit(target, contract(emit, *left, to=rank - 1), contract(emit, *right, to=rank - 2))
+        result = product if part is None else like(emit, emit(aten.add.Tensor, part, product), product)
         if node.target is aten.bmm.default and rank == 2:
             result = emit(aten.unsqueeze.default, result, 0)
         node.replace_all_uses_with(result)
@@ -262,56 +262,5 @@ class _Rewriter:
         return product
 
 
-def _norms(emit: Emitter, matrix: Node, dim: int) -> Node:
-    """Euclidean norm of each row, [M] or [B, M], at least float32 inside whatever the matrix is stored in."""
-    x = _as_float32(emit, matrix)
-    return emit(aten.sqrt.default, emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, x, x), [_other(matrix, dim)]))
-
-
-def _other(matrix: Node, dim: int) -> int:
-    """The dimension of a matrix, or of many, that is not its rows ``dim``."""
-    return 2 * matrix.meta["val"].dim() - 3 - dim
-
-
-def _as_float32(emit: Emitter, node: Node) -> Node:
-    if node.meta["val"].dtype in (torch.float32, torch.float64):
-        return node
-    return emit(prims.convert_element_type.default, node, torch.float32)
-
-
-def _gather(emit: Emitter, matrix: Node, dim: int, rows: Node) -> Node:
-    if matrix.meta["val"].dim() == 2:
-        return emit(aten.index.Tensor, matrix, [rows] if dim == 0 else [None, rows])
-    features = _other(matrix, dim)
-    width: Any = matrix.meta["val"].shape[features]
-    width = width if isinstance(width, int) else emit(aten.sym_size.int, matrix, features)
-    index = emit(aten.unsqueeze.default, rows, features)
-    index = emit(aten.expand.default, index, [width if d == features else -1 for d in range(3)])
-    return emit(aten.gather.default, matrix, dim, index)
-
-
-def _gather_scaled(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
-    """``scale * matrix[rows]``, multiplied in float32: a scale rounded to bfloat16 would bias every row alike."""
-    column = emit(aten.unsqueeze.default, scale, _other(matrix, dim))
-    return emit(aten.mul.Tensor, _as_float32(emit, _gather(emit, matrix, dim, rows)), column)
-
-
-def _center(emit: Emitter, matrix: Node, mean: Node | None) -> Node:
-    """The matrix without the mean of its rows, in float32; as it is without one."""
-    return matrix if mean is None else emit(aten.sub.Tensor, _as_float32(emit, matrix), mean)
-
-
 def _as_type(emit: Emitter, rows: Node, decision: Decision) -> Node:
-    return _like(emit, rows, decision.site.activation.source)
-
-
-def _like(emit: Emitter, node: Node, other: Node) -> Node:
-    """In the other node's type."""
-    dtype = other.meta["val"].dtype
-    return node if node.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, node, dtype)
-
-
-def _contract(emit: Emitter, matrix: Node, dim: int, to: int) -> Node:
-    """Transpose if needed so that the contracted dimension ``dim`` becomes dimension ``to``."""
-    rank = matrix.meta["val"].dim()
-    return matrix if dim == to else emit(aten.permute.default, matrix, [*range(rank - 2), rank - 1, rank - 2])
+    return like(emit, rows, decision.site.activation.source)
