@@ -66,7 +66,7 @@ def rows_or_bits(plan: Sequence[Decision], config: Config) -> list[Decision]:
     assert config.round_bits is not None
     new = []
     for d in plan:
-        bits = 8 * d.site.activation.value.dtype.itemsize * d.ratio
+        bits = (d.form.bits if d.form else 8 * d.site.activation.value.dtype.itemsize) * d.ratio
         cheaper = d.action is Action.EARLY and config.round_bits < bits and config.late == "sample"
         new.append(d.to(Action.LATE, "") if cheaper else d)
     return new

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -13,6 +14,7 @@ from torch.fx import Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.sites import Site
+from wtacrs_fx.rounding import Format, written_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -52,6 +54,8 @@ class Decision:
     """Sites of equal group read the same tensor; early ones share one draw."""
     ratio: float = 1.0
     """Share of rows kept."""
+    form: Format | None = None
+    """How kept rows are stored if they are chosen in the forward; None: as they are."""
 
     @property
     def base(self) -> Node:
@@ -73,11 +77,11 @@ def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
         reason, group = _why_exact(site, config), draw_group(site)
         ratio = 1.0 if reason else config.ratio_of(site.module) or 1.0
         plan.append(Decision(site, Action.EXACT if reason else first, reason, 0, group, ratio))
-    return share_ratios(plan)
+    return share_ratios(plan, config)
 
 
-def share_ratios(plan: Sequence[Decision]) -> list[Decision]:
-    """Sites of one group share one draw: its ratio is the largest of theirs. Where that is 1 they stay exact."""
+def share_ratios(plan: Sequence[Decision], config: Config) -> list[Decision]:
+    """Rows kept. Sites of one group share one draw: its ratio is the largest of theirs; where that is 1 they stay exact."""
     ratios: dict[tuple, float] = {}
     for d in plan:
         if d.action is not Action.EXACT:
@@ -85,11 +89,31 @@ def share_ratios(plan: Sequence[Decision]) -> list[Decision]:
     new = []
     for d in plan:
         if d.action is not Action.EXACT and (ratio := ratios[d.group]) < 1:
-            d = replace(d, ratio=ratio, k=rows_kept(d.site.activation.rows, ratio))
+            k, form = _rows_and_format(d.site, rows_kept(d.site.activation.rows, ratio), config)
+            d = replace(d, ratio=ratio, k=k, form=form)
         elif d.action is not Action.EXACT:
             d = d.to(Action.EXACT, ALL_ROWS)
         new.append(d)
     return new
+
+
+def _rows_and_format(site: Site, k: Any, config: Config) -> "tuple[int | torch.SymInt, Format | None]":
+    form = row_format(site, k, config)
+    if form is not None and (missing := -k % (8 // form.bits)) and k + missing <= site.activation.rows:
+        k += missing  # rows come out even on bytes
+    return k, form
+
+
+def row_format(site: Site, k: "int | torch.SymInt", config: Config) -> Format | None:
+    """How k kept rows of a site are stored: in ``row_bits``, of attention's operands (small differences of large numbers) in
+    twice as many; None, as they are, where that would take no fewer bytes or the sizes or the type are not fit for it."""
+    value = site.activation.value
+    narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if config.row_bits is None or not k or not narrow or not all(isinstance(n, int) for n in (k, *value.shape)):
+        return None
+    form = Format(min(8, 2 * config.row_bits) if site.is_attention else config.row_bits, scale_bits=16)
+    shape = (hint(k), hint(site.activation.width))
+    return form if written_bytes(shape, form) < shape[0] * shape[1] * value.dtype.itemsize else None
 
 
 def settle(

@@ -32,6 +32,10 @@ OUTPUT_HEADS = (
 """Names that output heads go by in Hugging Face, timm and torchvision models."""
 
 
+ROW_BITS = (8, 4)
+"""Of kept rows. At 2 bits the rounding is as large as what it rounds."""
+
+
 def _option(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
@@ -57,8 +61,21 @@ class Config:
         "their shares. wtacrs_fx.calibrate() measures such a dict.",
     )
     estimator: str = _option(
-        "wta_crs",
-        "How rows are chosen: 'crs', 'wta_crs', 'systematic' (all unbiased) or 'topk' (biased; for comparison only).",
+        "systematic",
+        "How rows are chosen: 'systematic', 'wta_crs' (the paper's), 'crs' (all unbiased) or 'topk' (biased; for comparison "
+        "only).",
+    )
+    row_bits: int | None = _option(
+        None,
+        "Bits, 8 or 4, in which kept rows are stored where they are chosen in the forward: rounded at random, without bias. "
+        "`ratio` stays the share of rows, so the bytes of float32 rows hold 3.9 or 7.5 times as many in 8 or 4 bits, those of "
+        "16-bit rows half of that. Rows stay as they are where that takes no more bytes (very narrow ones), in float64, and "
+        "where sizes are symbolic. Attention's get twice the bits, at most 8. None: as they are.",
+    )
+    center_rows: bool = _option(
+        False,
+        "Sample rows minus their mean; what the mean contributes to the weight gradient is computed exactly (one more pass "
+        "over the input in the forward and over the gradient in the backward). Less noise where all rows have much in common.",
     )
     min_rows: int = _option(128, "Products over fewer rows than this stay exact. Rows.")
     min_bytes: int = _option(65536, "Inputs smaller than this stay exact. Bytes.")
@@ -130,12 +147,14 @@ class Config:
         _check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
         if self.round_bits is not None:
             _check_number("round_bits", self.round_bits, int, lambda b: b in BITS, "None or one of 8, 4, 2 (bits)")
+        if self.row_bits is not None:
+            _check_number("row_bits", self.row_bits, int, lambda b: b in ROW_BITS, "None or one of 8, 4 (bits)")
         _check_budget(self.memory_budget)
         if self.seed is not None:
             _check_number(
                 "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
             )
-        for name in ("attention", "pack_masks", "round_fused_attention"):
+        for name in ("attention", "center_rows", "pack_masks", "round_fused_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
         if not isinstance(self.verbose, bool) and self.verbose != 2:
@@ -148,6 +167,7 @@ class Config:
             "attention": False,
             "memory_budget": None,
             "round_bits": None,
+            "row_bits": None,
             "pack_masks": False,
         }
         return dataclasses.replace(self, **off)

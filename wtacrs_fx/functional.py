@@ -228,9 +228,16 @@ class RowSampler(nn.Module):
         config: ratio, estimator, min_rows, min_bytes and seed.
         columns: sample the columns of the operand (the right factor of a product) and not its rows.
         module: whose ratio it is, where they differ by module.
+
+    Raises: ValueError, for ``row_bits``: autograd keeps what the products are given, and they are given plain rows.
     """
 
     def __init__(self, config: Config, columns: bool = False, module: str = "") -> None:
+        if config.row_bits is not None:
+            raise ValueError(
+                f"row_bits={config.row_bits}: rewrite() and swap_linears() keep rows as they are; use "
+                'torch.compile(model, backend="wtacrs") or rewrite_joint() for rounded rows, or row_bits=None.'
+            )
         super().__init__()
         self.config, self.columns = config, columns
         self.ratio = config.ratio_of(module) or 1.0

@@ -37,6 +37,8 @@ class Entry:
     decision: str
     """"early", "late" or "exact"."""
     reason: str
+    bits: int | None = None
+    """In which kept rows are stored; None: as the input's type has it, or no rows are stored."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class Ledger:
                 e.op,
                 "x".join(map(str, e.shape)),
                 e.dtype,
-                f"{e.kept}/{e.rows}",
+                f"{e.kept}/{e.rows}" + (f" in {e.bits} bits" if e.bits else ""),
                 format_bytes(e.bytes_exact),
                 format_bytes(e.bytes_now),
                 e.decision,

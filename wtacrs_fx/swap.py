@@ -49,8 +49,11 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
     chosen = {n: m for n, m in admitted.items() if n not in left}
     draws = SharedDraws()
     for name, module in chosen.items():
+        sampler = RowSampler(config, module=name).train(
+            module.training
+        )  # (may refuse the options: nothing is changed then)
         module.__class__ = SampledLinear
-        module.wtacrs_sampler = RowSampler(config, module=name).train(module.training)
+        module.wtacrs_sampler = sampler
         object.__setattr__(module, "wtacrs_draws", draws)
     if left:
         reasons = ", ".join(f"{name!r} ({reason})" for name, reason in left.items())
