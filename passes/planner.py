@@ -90,6 +90,7 @@ class Planner:
         self.substitutes: dict[Node, list[Substitute]] = {}
         self._tables: dict[int, Table] = {}
         self._pool: list[Plan] = []
+        self._kept: dict[frozenset[Substitute], Run] = {}
         self._open: list[int] = []
 
     def rounding(self, substitutes: Iterable[Substitute]) -> "Planner":
@@ -225,7 +226,7 @@ class Planner:
                 alike.append([self._rounded(o[0]) for o in options])
             table: Table = [[] for _ in options]
             for uniform in alike:
-                run = self._run(uniform, False)  # what is kept for reuse fills up room that there is
+                run = self._uniform(uniform)
                 if uniform is not alike[0] and not self.reuse:
                     self._pool.append(self._judge(uniform, run))
                 for row, choice, costs in zip(table, uniform, self._costs(uniform, run)):
@@ -233,6 +234,16 @@ class Planner:
                         row.append((choice, costs))
             self._tables[size] = table
         return self._tables[size]
+
+    def _uniform(self, choices: Sequence[Choice]) -> Run:
+        """A simulation in which all segments choose alike. (What is kept for reuse fills up room that there is.) Where nothing
+        is recomputed it is the same for every granularity."""
+        if any(c.recomputed for c in choices):
+            return self._run(choices, False)
+        rounded = frozenset(s for c in choices for s in c.rounded)
+        if rounded not in self._kept:
+            self._kept[rounded] = self._run(choices, False)
+        return self._kept[rounded]
 
     def _rounded(self, keep: Choice) -> Choice:
         """What is kept in few bits, where it can be; the same choice where nothing can."""

@@ -174,10 +174,11 @@ class Work:
             work._settle()
             if plan.rounded:
                 work._round({n.name for n in plan.rounded})
-            tried.append((goal.missed_by(work.predicted()), work))
+            reached = work.predicted()
+            tried.append((goal.missed_by(reached), work))
             if tried[-1][0] <= 0 or plan is least:
                 break
-            plan = goal.after(plan, work.predicted()).plan(planner) or least
+            plan = goal.after(plan, reached).plan(planner) or least
         return min(tried, key=lambda t: t[0])[1]
 
     def _exactly(self) -> "Work":

@@ -100,15 +100,13 @@ def test_bytes_that_only_rounding_meets():
     assert ledger.predicted.peak <= budget
 
 
-def test_a_plan_that_misses_is_made_lower_until_its_result_fits():
-    """What finished partitions add to their plans is planned for: rounding is not given up because of it, although the
-    first plan with it misses."""
-    for budget in (0.5, 0.6, 0.7):
-        _, exact, _ = step(memory_budget=budget, ratio=0.3)
-        _, both, _ = step(memory_budget=budget, ratio=0.3, round_bits=8)
-        assert rounded(both), budget
-        assert share(both) <= budget
-        assert both.predicted.seconds < exact.predicted.seconds
+def test_rounding_where_a_share_is_dear_without():
+    """What finished partitions add to their plans is planned for: rounding is not given up where its first plan misses."""
+    _, exact, _ = step(memory_budget=0.45, ratio=0.3)
+    _, both, _ = step(memory_budget=0.45, ratio=0.3, round_bits=8)
+    assert rounded(both)
+    assert share(both) <= 0.45
+    assert both.predicted.seconds < 0.98 * exact.predicted.seconds
 
 
 def test_of_nearly_equal_plans_the_quietest():
@@ -138,7 +136,9 @@ def test_auto_takes_no_more_memory_than_exact_training(width, rows):
     assert not auto.parts
     backend = Backend(inner="eager")
     torch._dynamo.reset()
-    found = gradients(model, x, call=torch.compile(lambda x: model(x).square().mean(), backend=backend))
+    call = torch.compile(lambda x: model(x).square().mean(), backend=backend)
+    with pytest.warns(WtacrsWarning, match="nothing is sampled.*every plan takes more"):
+        found = gradients(model, x, call=call)
     assert {e.decision for e in backend.ledger.entries} == {"exact"}
     model.zero_grad()
     model(x).square().mean().backward()
