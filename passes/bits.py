@@ -56,9 +56,11 @@ def substitutes(
     for r in roundings:
         lineages = [ancestry(f.operand, kinds) for f in r.factors]
         replaced = {n for lineage in lineages for n in lineage[: lineage.index(r.tensor)]}
-        mapped = (frozenset(nodes[n.name] for n in found if n.name in nodes) for found in (replaced, sources(r, saved)))
+        here, before = (
+            frozenset(nodes[n.name] for n in found if n.name in nodes) for found in (replaced, sources(r, saved))
+        )
         if r.tensor.name in nodes:
-            result.append(Substitute(nodes[r.tensor.name], r.bytes, *mapped, r.noise))
+            result.append(Substitute(nodes[r.tensor.name], r.bytes, here, before, r.noise))
     return result
 
 
