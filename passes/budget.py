@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _REGION = getattr(torch.fx.traceback, "MEMORY_BUDGET_ANNOTATION_KEY", "_region_activation_memory_budget")
 
-NO_GAIN = "every plan takes more memory or time than exact training; see memory_budget=None"
+NO_GAIN = "every plan takes more memory than exact training; memory_budget=None samples for time"
 """Why sites stay exact with ``memory_budget="auto"``."""
 
 MIN_SHARE = 1e-6
@@ -146,11 +146,10 @@ class Goal:
         return Goal(self.peak * planned.peak / reached.peak, self.seconds * planned.seconds / reached.seconds)
 
 
-def no_dearer(reached: Prediction, exact: Prediction) -> bool:
-    """Whether a partition takes no more than the exact one, as far as predictions can tell: at the peak of activations, at
-    that of all that the step allocates, and in time."""
-    pairs = (reached.peak, exact.peak), (reached.allocated, exact.allocated), (reached.seconds, exact.seconds)
-    return all(ours <= CLOSE * theirs for ours, theirs in pairs)
+def no_larger(reached: Prediction, exact: Prediction) -> bool:
+    """Whether a partition takes no more memory than the exact one, as far as predictions can tell: at the peak of
+    activations, and at that of all that the step allocates."""
+    return reached.peak <= CLOSE * exact.peak and reached.allocated <= CLOSE * exact.allocated
 
 
 def take_region_budget(graph: Graph, config: Config) -> Config:

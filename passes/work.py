@@ -19,7 +19,7 @@ from wtacrs_fx.passes.budget import (
     Partition,
     Uncut,
     make_planner,
-    no_dearer,
+    no_larger,
     predict,
     report_miss,
     roofline_of,
@@ -155,10 +155,10 @@ class Work:
         if lower and self.config.round_bits is not None and not found[0].roundings:
             found.append(copy.copy(found[0]))  # what its plan leaves to save can still be rounded
             found[-1]._round()
-        if goal.peak == math.inf and not any(no_dearer(w.predicted(), self.prediction) for w in found):
+        if goal.peak == math.inf and not any(no_larger(w.predicted(), self.prediction) for w in found):
             if planners[0].keep is not plans[0]:
                 found.append(self._planned(planners[0], planners[0].keep, goal))
-            found = [w for w in found if no_dearer(w.predicted(), self.prediction)] or [self._exactly()]
+            found = [w for w in found if no_larger(w.predicted(), self.prediction)] or [self._exactly()]
         vars(self).update(vars(goal.best(found, Work.predicted, Work.noise)))
         if goal.missed_by(self.predicted()) > 0 and goal.peak < math.inf:
             report_miss(self.predicted(), self._held(self.best), self.prediction, self.config, bool(self.users))
