@@ -38,6 +38,8 @@ class Substitute:
     """Linear functions of the tensor that the backward then computes from the codes."""
     sources: frozenset[Node]
     """Saved tensors that the backward computes its factors from without."""
+    noise: float = 0.0
+    """As of :class:`wtacrs_fx.passes.round.Rounding`."""
 
 
 def substitutes(
@@ -54,9 +56,11 @@ def substitutes(
     for r in roundings:
         lineages = [ancestry(f.operand, kinds) for f in r.factors]
         replaced = {n for lineage in lineages for n in lineage[: lineage.index(r.tensor)]}
-        mapped = (frozenset(nodes[n.name] for n in found if n.name in nodes) for found in (replaced, sources(r, saved)))
+        here, before = (
+            frozenset(nodes[n.name] for n in found if n.name in nodes) for found in (replaced, sources(r, saved))
+        )
         if r.tensor.name in nodes:
-            result.append(Substitute(nodes[r.tensor.name], r.bytes, *mapped))
+            result.append(Substitute(nodes[r.tensor.name], r.bytes, here, before, r.noise))
     return result
 
 
@@ -105,19 +109,24 @@ def worthwhile(roundings: Sequence[Rounding], before: Collection[str], after: Co
         roundings: what was tried.
         before, after: names of the tensors (view bases) saved without them and with them.
     """
-    groups: list[tuple[list[Rounding], set[Node]]] = []
-    for rounding in roundings:
-        members, found = [rounding], sources(rounding, before)
+    kept = paying([(r.tensor, r.bytes, sources(r, before)) for r in roundings], after)
+    return [r for r in roundings if r.tensor in kept]
+
+
+def paying(tried: Iterable[tuple[Node, int, Collection[Node]]], after: Collection[str]) -> set[Node]:
+    """As :func:`worthwhile`, for (tensor, bytes added, tensors that it may relieve the backward of)."""
+    groups: list[tuple[list[tuple[Node, int]], set[Node]]] = []
+    for tensor, added, relieved in tried:
+        members, found = [(tensor, added)], set(relieved)
         for group in [g for g in groups if g[1] & found]:
             groups.remove(group)
             members, found = group[0] + members, group[1] | found
         groups.append((members, found))
     kept: set[Node] = set()
     for members, found in groups:
-        cost = sum(r.bytes for r in members)
-        if cost < sum(buffer_bytes(n) for n in found if n.name not in after):
-            kept |= {r.tensor for r in members}
-    return [r for r in roundings if r.tensor in kept]
+        if sum(added for _, added in members) < sum(buffer_bytes(n) for n in found if n.name not in after):
+            kept |= {tensor for tensor, _ in members}
+    return kept
 
 
 def sources(rounding: Rounding, saved: Collection[str]) -> set[Node]:

@@ -13,6 +13,7 @@ The rounded tensors are computed in the forward and handed to the backward by co
 made twice. What the tensor is computed from is then not needed any more, and the partitioner does not save it.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -51,6 +52,11 @@ class Rounding:
     def bytes(self) -> int:
         """Of codes and scales."""
         return written_bytes(self.shape, self.form)
+
+    @property
+    def noise(self) -> float:
+        """Mean squared error of the tensor, summed over its elements, in squares of its range: s^2 / 6 for a step s."""
+        return math.prod(self.shape) / (6 * self.form.levels**2)
 
     def without(self, readers: Collection[Node]) -> "Rounding":
         """The same for other readers only."""

@@ -13,7 +13,17 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.account import saved_bytes
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
-from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, predict, report_miss, roofline_of
+from wtacrs_fx.passes.budget import (
+    NO_GAIN,
+    Goal,
+    Partition,
+    Uncut,
+    make_planner,
+    no_larger,
+    predict,
+    report_miss,
+    roofline_of,
+)  # fmt: skip
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
@@ -91,26 +101,16 @@ class Work:
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
         plan = decide(sites, config)
+        names_of_weights = {n.name for n in weights}
         return cls(
-            joint,
-            num_fwd_outputs,
-            cut,
-            config,
-            kinds,
-            sites,
-            {n.name for n in weights},
-            users,
-            exact,
-            plan,
-            recomputed=users,
+            joint, num_fwd_outputs, cut, config, kinds, sites, names_of_weights, users, exact, plan, recomputed=users
         )
 
     def __post_init__(self) -> None:
         self.best = self.exact
         self.device = roofline_of(self.joint.graph)
-        self.relaid: set[str] = (
-            relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
-        )
+        relaid = relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
+        self.relaid: set[str] = relaid
         self.in_memory = self.weights - self.relaid
         self.prediction = predict(self.exact, self.in_memory, self.device)
 
@@ -148,38 +148,45 @@ class Work:
         planners = self.planners()
         plans = [goal.plan(p) for p in planners]
         able = [(p, plan) for p, plan in zip(planners, plans) if plan is not None]
-        if not able:
-            able = [(p, p.least_peak(math.inf)) for p in planners]
-            least = min((plan for _, plan in able), key=lambda plan: plan.peak)
-            report_miss(least, least.held, self.prediction, self.config, bool(self.users))
+        able = able or [(p, p.least_peak(math.inf)) for p in planners]
         # (what the second planner does not round, the first one has planned too)
         found = [self._planned(p, plan, goal) for i, (p, plan) in enumerate(able) if i == 0 or plan.rounded]
         lower = goal.peak == math.inf or goal.missed_by(found[0].predicted()) > 0
         if lower and self.config.round_bits is not None and not found[0].roundings:
             found.append(copy.copy(found[0]))  # what its plan leaves to save can still be rounded
             found[-1]._round()
-        work = min(found, key=lambda w: goal.rank(w.predicted()))
-        vars(self).update(vars(work))
-        if goal.missed_by(self.predicted()) > 0 and goal.peak < math.inf and any(plans):
+        if goal.peak == math.inf and not any(no_larger(w.predicted(), self.prediction) for w in found):
+            if planners[0].keep is not plans[0]:
+                found.append(self._planned(planners[0], planners[0].keep, goal))
+            found = [w for w in found if no_larger(w.predicted(), self.prediction)] or [self._exactly()]
+        vars(self).update(vars(goal.best(found, Work.predicted, Work.noise)))
+        if goal.missed_by(self.predicted()) > 0 and goal.peak < math.inf:
             report_miss(self.predicted(), self._held(self.best), self.prediction, self.config, bool(self.users))
 
     def _planned(self, planner: Planner, plan: Plan, goal: Goal) -> "Work":
         """Do as planned, cut, and look at the result, to which settled sites and the cut itself have added. Where it misses
-        the budget, plan again for as much less."""
+        the budget, plan again for less, by as much as the result differs from its plan."""
         least = planner.least_peak(math.inf)
-        aim, tried = goal, []
+        tried = []
         for _ in range(REPLANS):
             work = copy.copy(self)
             work._recompute(plan)
             work._settle()
             if plan.rounded:
                 work._round({n.name for n in plan.rounded})
-            tried.append((goal.missed_by(work.predicted()), work))
+            reached = work.predicted()
+            tried.append((goal.missed_by(reached), work))
             if tried[-1][0] <= 0 or plan is least:
                 break
-            aim = aim.tighter(tried[-1][0])
-            plan = aim.plan(planner) or least
+            plan = goal.after(plan, reached).plan(planner) or least
         return min(tried, key=lambda t: t[0])[1]
+
+    def _exactly(self) -> "Work":
+        """The exact partition, where every other one takes more."""
+        work = copy.copy(self)
+        work.plan = [d if d.action is Action.EXACT else d.to(Action.EXACT, NO_GAIN) for d in self.plan]
+        work.best, work.known, work.done = self.exact, (self.exact, self.prediction), Sampled()
+        return work
 
     def _settle(self) -> None:
         """Revise the sites in the light of the last cut, and cut again as often as that changes something."""
@@ -243,6 +250,10 @@ class Work:
         nodes = {n.name: n for n in self.uncut.graph.nodes}
         with_bits = planner.rounding(substitutes(roundings, self._saved(), self.kinds, nodes))
         return [planner, with_bits] if with_bits.substitutes else [planner]
+
+    def noise(self) -> float:
+        """Of what is rounded, summed."""
+        return sum(r.noise for r in self.roundings)
 
     def predicted(self) -> Prediction:
         """Of the best partition so far."""

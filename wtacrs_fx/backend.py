@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from wtacrs_fx import sidecar
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.inductor import ORDERED, compile_inductor
+from wtacrs_fx.inductor import ORDERED, ROUNDED, compile_inductor
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.partition import partition
 from wtacrs_fx.passes.policy import NO_RATIO
@@ -57,6 +57,7 @@ class Partitioner(CustomPartitionerFn):
         if ledger is not None:
             self.publish(ledger)
         options = ORDERED if ledger is not None and ledger.ordered else {}
+        options = {**options, **ROUNDED} if ledger is not None and ledger.rounded else options
         self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
         return forward, backward
 

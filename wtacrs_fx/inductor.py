@@ -26,6 +26,11 @@ a tensor is rounded where it is made, and its codes alone are held from there on
 later ones would be alive while other segments run. Kernels that may be fused lie between the same two library calls, so
 that few pairs of readers of a tensor have to be tried."""
 
+ROUNDED: dict[str, Any] = {"realize_opcount_threshold": 256}
+"""Further ones where tensors are rounded. Making codes takes about a hundred operations an element, most of them of the random
+number. By default Inductor writes a value of more than a hundred operations to memory (50 where it has several readers): the
+codes before they are packed, in 4 bytes each, as large as the tensor that they are to replace."""
+
 _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 """Pure functions of ``torch._inductor.sizevars`` that C++ code generation asks again and again."""
 

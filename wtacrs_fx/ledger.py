@@ -143,7 +143,12 @@ class Ledger:
     def ordered(self) -> bool:
         """Whether the graphs are to run in their own order, since memory was planned for it: something is computed again, or
         rounded."""
-        return self.recomputed > 0 or any(c.bits > 1 for c in self.compressed)
+        return self.recomputed > 0 or self.rounded
+
+    @property
+    def rounded(self) -> bool:
+        """Whether anything is kept in few bits (masks, which are packed to one, left out)."""
+        return any(c.bits > 1 for c in self.compressed)
 
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""

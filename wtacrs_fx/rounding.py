@@ -178,6 +178,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if missing := per_byte * size - rows:
         matrix = torch.constant_pad_nd(matrix, [0, 0, 0, missing])
     parts = matrix.reshape(per_byte, size, width).to(torch.int32)
+    if 1 < per_byte < 8:  # a sum, which Inductor unrolls: for codes with several readers it would write them to memory
+        place = 1 << (bits * torch.arange(per_byte, dtype=torch.int32, device=codes.device))
+        return (parts * place[:, None, None]).sum(0, dtype=torch.int32).to(torch.uint8)
     packed = parts[per_byte - 1]
     for i in range(per_byte - 2, -1, -1):
         packed = packed * 2**bits + parts[i]
