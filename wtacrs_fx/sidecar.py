@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule
 
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.private import cache_dir, functorch_config, inductor_config
 
 if TYPE_CHECKING:
     from wtacrs_fx.backend import Partitioner
