@@ -19,7 +19,7 @@ from wtacrs_fx import sidecar
 from wtacrs_fx.config import Config
 from wtacrs_fx.distributed import check_ranks, refuse_dtensors
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.inductor import ORDERED, compile_inductor
+from wtacrs_fx.inductor import ORDERED, compile_inductor, uncompiled
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.partition import partition
 from wtacrs_fx.passes.sites import clean_module_path
@@ -127,7 +127,13 @@ class Backend:
         partition_fn.ledgers = self.ledgers
         if self.config.inner == "eager":
             return _compile_eager(gm, example_inputs, partition_fn, mode)
-        with sidecar.ledger_of(gm, example_inputs, partition_fn):
+
+        def rebuild() -> None:
+            """Run the partitioner alone, for its ledger; nothing is compiled and no cache read."""
+            with functorch_config.patch(enable_autograd_cache=False):
+                compile_inductor(gm, example_inputs, partition_fn, mode, compile_graph=uncompiled)
+
+        with sidecar.ledger_of(gm, example_inputs, partition_fn, rebuild):
             return compile_inductor(gm, example_inputs, partition_fn, mode)
 
 

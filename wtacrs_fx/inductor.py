@@ -55,6 +55,14 @@ def compile_inductor(
     return compiled
 
 
+def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """Stands for Inductor's compilation of a partitioned graph: the graph itself."""
+    from wtacrs_fx.private import make_boxed_func
+
+    boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+    return boxed
+
+
 @contextlib.contextmanager
 def known_results() -> Iterator[None]:
     """Let Inductor remember what it has computed. Results are the same; nothing is changed where torch has no such functions.
