@@ -53,7 +53,7 @@ class Network(nn.Module):
 
     def step(self, x: Tensor, op: str, number: int, key: str) -> Tensor:
         f = list(self.parts[key]) if key in self.parts else []
-        w = self.weights[key] if key in self.weights else None
+        w = self.weights.get(key)
         if op in ("linear", "frozen", "norm", "dropout"):
             return f[0](x)
         if op == "twice":
