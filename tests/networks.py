@@ -7,7 +7,7 @@ from torch import Tensor, nn
 WIDTH, LENGTH = 16, 6
 OPS = (
     "linear", "matmul", "einsum", "mlp", "shared", "twice", "frozen", "attention", "norm", "rms", "dropout", "gelu", "relu",
-    "residual", "transpose", "flatten", "chunk", "bias", "conv1x1", "mean",
+    "residual", "transpose", "flatten", "chunk", "bias", "batchnorm", "inplace", "conv1x1", "mean",
 )  # fmt: skip
 PROGRAMS = st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 3)), min_size=1, max_size=7)
 Program = list[tuple[str, int]]
@@ -35,6 +35,7 @@ class Network(nn.Module):
             "shared": lambda: [linear() for _ in range(2 + number % 2)],
             "attention": lambda: [linear() for _ in range(3)],
             "norm": lambda: [nn.LayerNorm(WIDTH)],
+            "batchnorm": lambda: [nn.BatchNorm1d(WIDTH)],
             "dropout": lambda: [nn.Dropout(0.1 * (number + 1))],
             "residual": lambda: [linear()],
             "conv1x1": lambda: [nn.Conv1d(WIDTH, WIDTH, 1)],
@@ -67,6 +68,8 @@ class Network(nn.Module):
         if op == "attention":
             q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in f)
             return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        if op == "batchnorm":
+            return f[0](x.flatten(0, 1)).view_as(x)
         if op == "conv1x1":
             return f[0](x.transpose(1, 2)).transpose(1, 2)
         return pointwise(x, op, number, w)
@@ -79,6 +82,7 @@ def pointwise(x: Tensor, op: str, number: int, w: Tensor | None) -> Tensor:
         "einsum": lambda: torch.einsum("btd,de->bte", x, w),
         "rms": lambda: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * w,
         "bias": lambda: x + w,
+        "inplace": lambda: x.clone().mul_(1.5).sub_(0.1),
         "gelu": lambda: nn.functional.gelu(x),
         "relu": lambda: nn.functional.relu(x + 0.1),
         "transpose": lambda: torch.tanh(x.transpose(0, 1)).contiguous().transpose(0, 1),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wtacrs_fx import private
+from wtacrs_fx import files, private
 from wtacrs_fx.errors import UnsupportedError
 from wtacrs_fx.files import replace_text
 
@@ -21,7 +21,7 @@ ROOT = TESTS.parent
 
 WRITE = """
     import itertools, json, sys
-    from wtacrs_fx.files import replace_text
+    from files import replace_text
     print("ready", flush=True)
     for i in itertools.count():
         replace_text(sys.argv[1], json.dumps({"number": i, "rows": [i] * 50000}))
@@ -34,7 +34,10 @@ def test_killed_while_writing(tmp_path):
     path.write_text(json.dumps({"number": -1, "rows": [-1] * 50000}))
     for pause in (0.0, 0.013, 0.031, 0.07):
         process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(WRITE), str(path)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", textwrap.dedent(WRITE), str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(files.__file__).parent,  # without the package, whose import takes seconds
         )
         assert process.stdout.readline().strip() == "ready"
         time.sleep(pause)
