@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.functional import gelu
 
 from wtacrs_fx import Backend
+from wtacrs_fx.estimators import ESTIMATORS
 
-from helpers import SMALL, Block, Transformer, gradients, transformer_batch
+from helpers import SMALL, Block, Recorder, Transformer, calls, gradients, transformer_batch
 
 KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
 HALF = {"ratio": 0.5, "inner": "eager", **SMALL}
@@ -348,3 +349,27 @@ def test_gradients_of_inputs():
     compiled = torch.compile(model, backend=Backend(**HALF))
     got, expected = (torch.autograd.grad(f(x.requires_grad_(), target), x)[0] for f in (compiled, model))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.works_with(
+    "Training", "CUDA graphs, `mode='reduce-overhead'`", "nothing waits for the device; not run on a GPU here"
+)
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_nothing_waits_for_the_device(estimator):
+    """Meta tensors have no values: an estimator that asked for one, or for a shape that depends on one, would raise."""
+    importance = torch.empty(64, device="meta")
+    rows, scale = ESTIMATORS[estimator](
+        importance, 16, lambda stream, n: torch.empty(n, device="meta", dtype=torch.float64)
+    )
+    assert rows.shape == scale.shape == (16,)
+    recorder = Recorder(estimator=estimator, ratio=0.5)
+    model = Transformer(layers=1)
+    gradients(model, *transformer_batch(), call=torch.compile(model, backend=recorder))
+    graphs = [*recorder.forward, *recorder.backward]
+    assert sum(calls(g, torch.ops.wtacrs.select_rows.default) for g in graphs) > 0
+    for waits in (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.item.default,
+    ):
+        assert not any(calls(g, waits) for g in graphs)
