@@ -17,9 +17,9 @@ from helpers import SMALL, Transformer, transformer_batch
 KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
 
 
-def model_and_batch(rank):
+def model_and_batch(rank, width=64):
     torch.manual_seed(0)
-    return Transformer(layers=2), transformer_batch(seed=rank)
+    return Transformer(width=width, layers=2), transformer_batch(seed=rank, width=width)
 
 
 def grads(model):
@@ -27,8 +27,8 @@ def grads(model):
     return {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in full.items()}
 
 
-def ddp(rank, ratio=0.9999, seed=None, buckets=0.02):
-    model, batch = model_and_batch(rank)
+def ddp(rank, ratio=0.9999, seed=None, buckets=25, width=64):
+    model, batch = model_and_batch(rank, width)
     wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=buckets)
     backend = Backend(**{**KEEP_ALL, "ratio": ratio, "seed": seed})
     compiled = torch.compile(wrapped, backend=backend)
