@@ -21,6 +21,11 @@ SIZE = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_hidd
 LLAMA = {**SIZE, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
 
 
+ARCHITECTURES = ("BERT", "RoBERTa", "T5", "GPT-2", "OPT", "Llama", "Qwen2", "ViT", "Whisper", "Mixtral")
+FAST = ("BERT", "Llama", "Mixtral")
+"""Those that every run of the suite tries."""
+
+
 def ids(batch=4, length=12):
     return torch.randint(1, 64, (batch, length))
 
@@ -106,9 +111,7 @@ def train(model, batch, backend, steps=3):
 @pytest.mark.works_with(
     "Hugging Face", "BERT, RoBERTa, T5, GPT-2, OPT, Llama, Qwen2, ViT, Whisper, Mixtral", "yes; experts exact"
 )
-@pytest.mark.parametrize(
-    "name", ["BERT", "RoBERTa", "T5", "GPT-2", "OPT", "Llama", "Qwen2", "ViT", "Whisper", "Mixtral"]
-)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.long) for n in ARCHITECTURES])
 def test_architectures(name):
     torch.manual_seed(0)
     model, batch = build(name)
@@ -126,7 +129,10 @@ def test_architectures(name):
 @pytest.mark.works_with(
     "Hugging Face", "peft: LoRA, DoRA, `lora_dropout`", "yes; wide adapters' inputs are sampled, narrow ones' exact"
 )
-@pytest.mark.parametrize(("dora", "dropout"), [(False, 0.0), (False, 0.05), (True, 0.0)])
+@pytest.mark.parametrize(
+    ("dora", "dropout"),
+    [pytest.param(False, 0.0, marks=pytest.mark.long), (False, 0.05), pytest.param(True, 0.0, marks=pytest.mark.long)],
+)
 def test_peft(dora, dropout):
     torch.manual_seed(0)
     model, batch = build("Llama")
@@ -256,6 +262,7 @@ class Pairs(nn.Module):
         return nn.functional.cross_entropy(a @ b.T / 0.05, torch.arange(len(a)))
 
 
+@pytest.mark.long
 @pytest.mark.works_with(
     "Hugging Face",
     "sentence pairs with in-batch negatives",

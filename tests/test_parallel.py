@@ -110,6 +110,7 @@ def test_accelerate(tmp_path):
     assert len(results[0]["sampled"]) == 12
 
 
+@pytest.mark.long
 @pytest.mark.works_with("Parallelism", "ranks with one seed", "each rank draws rows of its own")
 def test_ranks_draw_apart(tmp_path):
     a, b = (r["sampled"] for r in two_ranks("draws", tmp_path))
@@ -133,6 +134,7 @@ def test_rank_0_draws_as_a_single_process(monkeypatch):
     assert all(0 <= s < 2**63 for pair in seeds for s in pair)
 
 
+@pytest.mark.long
 @pytest.mark.works_with(
     "Parallelism", "options that differ between ranks", "an error that names the ranks and the option"
 )
