@@ -24,6 +24,7 @@ LLAMA = {**SIZE, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_t
 ARCHITECTURES = ("BERT", "RoBERTa", "T5", "GPT-2", "OPT", "Llama", "Qwen2", "ViT", "Whisper", "Mixtral")
 FAST = ("BERT", "Llama", "Mixtral")
 """Those that every run of the suite tries."""
+REST = ((False, 0.0), (True, 0.0))
 
 
 def ids(batch=4, length=12):
@@ -130,8 +131,7 @@ def test_architectures(name):
     "Hugging Face", "peft: LoRA, DoRA, `lora_dropout`", "yes; wide adapters' inputs are sampled, narrow ones' exact"
 )
 @pytest.mark.parametrize(
-    ("dora", "dropout"),
-    [pytest.param(False, 0.0, marks=pytest.mark.long), (False, 0.05), pytest.param(True, 0.0, marks=pytest.mark.long)],
+    ("dora", "dropout"), [(False, 0.05), *(pytest.param(*x, marks=pytest.mark.long) for x in REST)]
 )
 def test_peft(dora, dropout):
     torch.manual_seed(0)
