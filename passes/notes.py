@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from wtacrs_fx.passes.account import size_notes
 from wtacrs_fx.passes.policy import Decision
+from wtacrs_fx.passes.sites import gradient_outputs, primals
 from wtacrs_fx.passes.work import Work
 
 CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
@@ -15,18 +16,21 @@ SHOWN = 6
 
 def notes_of(work: Work) -> tuple[str, ...]:
     """The notes on a finished partition."""
-    return (*size_notes(work.joint.graph), *crossing(work.plan, work.weights), *wasted_casts(work.plan))
+    graph = work.joint.graph
+    handed = set(gradient_outputs(graph, work.num_fwd_outputs, primals(graph)).values())
+    return (*size_notes(graph), *crossing(work.plan, {n.name for n in handed}), *wasted_casts(work.plan))
 
 
-def crossing(plan: Sequence[Decision], weights: set[str]) -> tuple[str, ...]:
-    """Sites whose input is an input of the graph: where it comes over a graph break, the code in front of it may hold the
-    whole tensor for its own backward, and kept rows are then no bytes saved."""
-    found = [d.site.module for d in plan if d.base.op == "placeholder" and d.base.name not in weights]
+def crossing(plan: Sequence[Decision], with_gradient: set[str]) -> tuple[str, ...]:
+    """Sites whose input is handed to the graph, and gets a gradient, by other code: over a graph break, or by a module that is
+    compiled by itself. That code may hold the whole tensor for its own backward, and kept rows are then no bytes saved. (A
+    batch has no gradient.)"""
+    found = [d.site.module for d in plan if d.base.op == "placeholder" and d.base.name in with_gradient]
     if not found:
         return ()
     return (
-        f"{_count(found, 'input')} from outside of this graph (the batch, or over a graph break; there the other graph may "
-        f"hold the tensor too): {_names(found)}",
+        f"{_count(found, 'input')} made in front of this graph (over a graph break, or by another compiled module), where the "
+        f"whole tensor may be held too: {_names(found)}",
     )
 
 

@@ -150,7 +150,9 @@ def test_peft(dora, dropout):
         compiled = torch.compile(model, backend=backend)
         found.append(gradients(model, call=lambda f=compiled: f(**batch).loss))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
-    assert dora or all("lora" in e.module for x in backend.ledgers for e in x.entries), "only adapters have weight gradients"
+    assert dora or all("lora" in e.module for x in backend.ledgers for e in x.entries), (
+        "only adapters have weight gradients"
+    )
     assert any(e.decision != "exact" for x in backend.ledgers for e in x.entries)
 
 
