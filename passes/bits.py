@@ -15,11 +15,12 @@ from wtacrs_fx.passes.kinds import Kind, draws
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounding
 from wtacrs_fx.passes.sites import module_of
+from wtacrs_fx.private import OpOverload
 from wtacrs_fx.rounding import Format
 
 aten = torch.ops.aten
 
-_RANGES: Mapping[torch._ops.OpOverload, tuple[float, float]] = {
+_RANGES: Mapping[OpOverload, tuple[float, float]] = {
     aten.gelu_backward.default: (-0.1291, 1.1291),
     aten.tanh_backward.default: (0.0, 1.0),
     aten.sigmoid_backward.default: (0.0, 0.25),

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 from torch.fx import Graph, GraphModule
-from torch.utils._pytree import tree_leaves
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
@@ -20,6 +19,7 @@ from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import CLOSE, Plan, quietest
 from wtacrs_fx.passes.segments import find_segments
 from wtacrs_fx.passes.sites import primals
+from wtacrs_fx.private import tree_leaves
 from wtacrs_fx.units import format_bytes, parse_bytes
 
 Partition = tuple[GraphModule, GraphModule]

@@ -10,6 +10,7 @@ from wtacrs_fx.passes.kinds import ancestors
 from wtacrs_fx.passes.policy import Action, Decision
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import is_saved, saved_tensors
+from wtacrs_fx.private import OpOverload
 
 wtacrs = torch.ops.wtacrs
 
@@ -64,7 +65,7 @@ def check_partition(
         raise InvariantError("wtacrs: the forward and the backward disagree about the number of saved tensors.")
 
 
-def _calls(graph: Graph, target: torch._ops.OpOverload) -> set[str]:
+def _calls(graph: Graph, target: OpOverload) -> set[str]:
     return {n.name for n in graph.find_nodes(op="call_function", target=target)}
 
 

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import Graph, GraphModule, Node
-from torch.fx._lazy_graph_module import _make_graph_module
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.budget import Partition
 from wtacrs_fx.passes.sites import gradient_outputs, primals
+from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
 
 
 def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
@@ -66,4 +64,4 @@ def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
     output = joint.graph.output_node()
     new_output = graph.output(graph.graph_copy(joint.graph, env))
     new_output.meta.update(output.meta)
-    return _make_graph_module(joint, graph), env
+    return make_graph_module(joint, graph), env

@@ -195,7 +195,7 @@ class Planner:
         kept: tuple[Node, ...] = ()
         for tensors in self._worth_keeping(segment):
             kept += tensors
-            inside -= {n for t in tensors for n in (t, t.args[0]) if n is t or t.target is operator.getitem}
+            inside -= {n for t in tensors for n in (t, *t.args[:1]) if n is t or t.target is operator.getitem}
             result.append(Choice(segment, inside, kept))
         return result
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind
@@ -238,6 +239,11 @@ def hint(size: "int | torch.SymInt") -> int:
     return int(size)
 
 
+def is_unbacked(size: "int | torch.SymInt") -> bool:
+    """Whether a size is known only when the graph runs, since it depends on the values of tensors."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
 def is_view(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.arguments:
@@ -251,6 +257,8 @@ def _why_exact(site: Site, config: Config) -> str:
     nbytes = hint(value.numel()) * value.dtype.itemsize
     if "wtacrs.keep_rows" in str(_producer(view_base(site.activation.source)).target):
         return "rows kept by rewrite()"
+    if is_unbacked(site.activation.rows):  # as many rows as a router sends to an expert, perhaps none
+        return "number of rows depends on data"
     reason = excluded(site.module, config) or too_small(hint(site.activation.rows), nbytes, config)
     return reason or ("meta tensor" if value.device.type == "meta" else "")
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
@@ -44,6 +43,7 @@ from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs
 from wtacrs_fx.passes.unfold import unfold_late_sums
 from wtacrs_fx.passes.watch import watch
+from wtacrs_fx.private import fx_graph_cse
 
 REPLANS = 3
 """How often the recomputation is planned at most where a finished partition misses the budget."""

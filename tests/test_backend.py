@@ -55,6 +55,9 @@ TRAIN = """
 
 
 @pytest.mark.slow
+@pytest.mark.works_with(
+    "Caches", "warm start in a new process", "trains identically, with its ledger; a damaged ledger file is made again"
+)
 def test_by_name_without_import_and_caches_in_two_processes(tmp_path):
     def train(**options):
         return json.loads(run(TRAIN.format(options=json.dumps(options)), tmp_path))
@@ -74,7 +77,11 @@ def test_by_name_without_import_and_caches_in_two_processes(tmp_path):
 
     for path in (tmp_path / "wtacrs").glob("*.json"):
         path.write_text("{ not json")
-    assert train(ratio=0.3)["ledger"] == [], "a damaged file is not trusted"
+    rebuilt = train(ratio=0.3)
+    assert rebuilt["fx"] == [2, 0], "the compiled graphs are still good"
+    assert rebuilt["ledger"] == cold["ledger"], "a damaged file is not trusted but made again"
+    assert rebuilt["gradient"] == cold["gradient"]
+    assert train(ratio=0.3)["ledger"] == cold["ledger"]
 
 
 def test_uuid_covers_source_options_and_names(monkeypatch):

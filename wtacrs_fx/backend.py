@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx import GraphModule
 
 from wtacrs_fx import sidecar
 from wtacrs_fx.config import Config
+from wtacrs_fx.distributed import check_ranks, refuse_dtensors
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.inductor import ORDERED, ROUNDED, compile_inductor
+from wtacrs_fx.inductor import ORDERED, ROUNDED, compile_inductor, uncompiled
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.passes.partition import partition
 from wtacrs_fx.passes.policy import NO_RATIO
 from wtacrs_fx.passes.sites import clean_module_path
-
-TESTED = ((2, 13), (2, 13))
-"""Oldest and newest torch (major, minor) that the test suite was run with. 2.11 is the oldest that can be installed."""
+from wtacrs_fx.private import TESTED, CustomPartitionerFn, functorch_config
 
 _ledgers: deque[Ledger] = deque(maxlen=256)
 
@@ -124,11 +122,20 @@ class Backend:
             raise TypeError("options= beside a wtacrs_fx.Backend object: give them to the object, Backend(ratio=...).")
         check_torch_version()
         _check_budgets(self.config)
-        partition_fn = Partitioner(self.config, dynamo_names(gm))
+        names = dynamo_names(gm)
+        refuse_dtensors(names, example_inputs)
+        check_ranks(self.config, names, example_inputs)
+        partition_fn = Partitioner(self.config, names)
         partition_fn.ledgers = self.ledgers
         if self.config.inner == "eager":
             return compile_eager(gm, example_inputs, partition_fn, mode)
-        with sidecar.ledger_of(gm, example_inputs, partition_fn):
+
+        def rebuild() -> None:
+            """Run the partitioner alone, for its ledger; nothing is compiled and no cache read."""
+            with functorch_config.patch(enable_autograd_cache=False):
+                compile_inductor(gm, example_inputs, partition_fn, mode, compile_graph=uncompiled)
+
+        with sidecar.ledger_of(gm, example_inputs, partition_fn, rebuild):
             return compile_inductor(gm, example_inputs, partition_fn, mode)
 
 
@@ -149,9 +156,7 @@ def wtacrs(
 def compile_eager(
     gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
 ) -> Callable[..., Any]:
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._dynamo.backends.debugging import boxed_nop
-    from torch._inductor.compile_fx import select_decomp_table
+    from wtacrs_fx.private import aot_autograd, boxed_nop, select_decomp_table
 
     if mode not in (None, "default"):
         raise ValueError(f"mode={mode!r} with inner='eager': modes are Inductor's; leave one of the two out.")
@@ -204,7 +209,7 @@ def dynamo_names(gm: GraphModule) -> list[str | None]:
 
 def _check_budgets(config: Config) -> None:
     """Two memory budgets: this package's wins, and says so."""
-    torchs = torch._functorch.config.activation_memory_budget
+    torchs = functorch_config.activation_memory_budget
     if config.memory_budget is not None and torchs != 1:
         warnings.warn(
             f"wtacrs: memory_budget={config.memory_budget!r} takes the place of torch's activation_memory_budget={torchs} "

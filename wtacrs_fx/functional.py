@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.autocast_mode import _cast
 from torch.autograd.function import once_differentiable
 
 import wtacrs_fx.ops  # noqa: F401  (registers select_rows and draw_seed)
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.policy import ceil_share, ratio_fraction, too_small
+from wtacrs_fx.private import autocast_cast as _cast
+from wtacrs_fx.private import torch_c
 
 wtacrs = torch.ops.wtacrs
 
@@ -183,13 +184,13 @@ matmul.register_autograd(_matmul_backward, setup_context=_save_matmul)
 def _register_autocast() -> None:
     """Under autocast cast all operands and rows first, so that the low-precision copies are kept, as with torch's linear."""
     library = torch.library.Library("wtacrs", "FRAGMENT")
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
+    keys = torch_c.DispatchKeySet(torch_c.DispatchKey.AutocastCPU) | torch_c.DispatchKeySet(
+        torch_c.DispatchKey.AutocastCUDA
     )
 
     def implement(op: Any, device: str) -> Any:
         def kernel(*args: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with torch_c._ExcludeDispatchKeyGuard(keys):
                 return op(*_cast(args, device, torch.get_autocast_dtype(device)))
 
         return kernel

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 import wtacrs_fx.ops  # noqa: F401  (registers select_rows and draw_seed)
@@ -19,6 +18,7 @@ from wtacrs_fx.passes.sever import NoCuts
 from wtacrs_fx.passes.sites import find_sites
 from wtacrs_fx.passes.tangents import find_tangents, handed_over, match_gradients
 from wtacrs_fx.passes.watch import watch
+from wtacrs_fx.private import OpOverload
 from wtacrs_fx.rewrite import check_traced, flatten_inputs, propagate, report, share
 
 

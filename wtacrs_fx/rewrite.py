@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import tree_leaves
 
 from wtacrs_fx.backend import complaints
 from wtacrs_fx.config import Config
@@ -34,6 +32,7 @@ from wtacrs_fx.passes.products import (
     tensor_of,
 )
 from wtacrs_fx.passes.watch import watch
+from wtacrs_fx.private import FakeTensorMode, tree_leaves
 from wtacrs_fx.swap import SampledLinear
 
 _HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
