@@ -9,6 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.names import Argument
 from wtacrs_fx.passes.budget import Partition
 from wtacrs_fx.passes.sites import gradient_outputs, primals
 
@@ -32,10 +33,28 @@ def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str
     result = {}
     for i, node in enumerate(primals(graph)):
         name = names[i] if i < len(names) else None
+        name = None if isinstance(name, Argument) else name
         name = name or getattr(node.meta.get("desc"), "target", None)
         if name:
             result[node] = name
     return result
+
+
+def padding_placeholder(graph: Graph, names: Sequence[str | None], padding: str | None) -> Node | None:
+    """The placeholder of the batch argument that the option ``padding`` names; None without the option.
+
+    Raises:
+        ValueError: the graph has no such input; the batch arguments it has are listed.
+    """
+    if padding is None:
+        return None
+    arguments = {str(name): node for name, node in zip(names, primals(graph)) if isinstance(name, Argument)}
+    if padding not in arguments:
+        raise ValueError(
+            f"padding={padding!r}: no such argument of the model. Those of this graph are {', '.join(arguments) or 'unnamed'}; "
+            "behind a graph break only what is passed on by its name can be used."
+        )
+    return arguments[padding]
 
 
 def cutter(

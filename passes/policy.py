@@ -67,7 +67,10 @@ def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
         first = Action.LATE if config.late == "sample" and not site.is_attention else Action.EARLY
         reason = _why_exact(site, config)
         k = 0 if reason else rows_kept(site.activation.rows, config.ratio)
-        plan.append(Decision(site, Action.EXACT if reason else first, reason, k, draw_group(site)))
+        action = Action.EXACT if reason else first
+        if action is Action.EARLY and not site.is_attention:
+            reason = _early_reason(config)
+        plan.append(Decision(site, action, reason, k, draw_group(site)))
     return plan
 
 
@@ -102,7 +105,7 @@ def settle(
             if decision.base.name not in saved:
                 decision = decision.to(Action.LATE, "input recomputed at the kept rows")
             elif op is None:
-                decision = decision.to(Action.EARLY, "")
+                decision = decision.to(Action.EARLY, _early_reason(config))
             else:
                 decision = _in_memory(decision, f"input also needed by {op}", config)
         new.append(decision)
@@ -199,6 +202,11 @@ def is_view(node: Node) -> bool:
         return False
     info = schema.arguments[0].alias_info
     return (info is not None and not info.is_write) or node.target is torch.ops.aten._unsafe_view.default
+
+
+def _early_reason(config: Config) -> str:
+    """What an early site's importance comes from, where that is not the input's norms alone."""
+    return "" if config.norms == "activation" else f"norms: {config.norms_kind}"
 
 
 def _why_exact(site: Site, config: Config) -> str:

@@ -27,6 +27,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
+from wtacrs_fx.passes.norms import KnownRows
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
 from wtacrs_fx.passes.round import Rounded
 from wtacrs_fx.passes.sites import Operand, Site
@@ -57,6 +58,7 @@ def sample(
     draws: Draws,
     config: Config,
     rounded: Rounded | None = None,
+    padding: Node | None = None,
 ) -> Sampled:
     """Rewrite every early and late site of the plan; exact ones, and a graph without any, stay as they are.
 
@@ -68,9 +70,12 @@ def sample(
             handed to the backward.
         config: estimator.
         rounded: what was rounded before: late sites read what stands for it.
+        padding: placeholder of the original graph whose zeros mark rows without a gradient.
     """
     done = Sampled(rounded=rounded or Rounded())
-    rewriter = _Rewriter(graph, env, draws, config, done.rounded.stands_for)
+    plan = list(plan)
+    known = KnownRows(draws, plan, env, config, padding)
+    rewriter = _Rewriter(graph, env, draws, config, done.rounded.stands_for, known)
     for decision in plan:
         if decision.action is Action.EARLY:
             if decision.group not in done.draws:
@@ -86,10 +91,16 @@ def sample(
 
 class _Rewriter:
     def __init__(
-        self, graph: Graph, env: Mapping[Node, Node], draws: Draws, config: Config, rounded: Mapping[Node, Node]
+        self,
+        graph: Graph,
+        env: Mapping[Node, Node],
+        draws: Draws,
+        config: Config,
+        rounded: Mapping[Node, Node],
+        known: KnownRows,
     ) -> None:
         self.graph, self.env, self.draws, self.config, self.rounded = graph, dict(env), draws, config, rounded
-        self.severed = draws.severed
+        self.severed, self.known = draws.severed, known
         self.norms: dict[tuple, Node] = {}
         self.matrices: dict[Node, Node] = {}
 
@@ -100,7 +111,7 @@ class _Rewriter:
         h, dim = self._matrix(decision.site.activation)
         with self.draws.behind(h):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
-            rows, scale = self._select(emit, _norms(emit, h, dim), seed, decision)
+            rows, scale = self._select(emit, self.known.importance(emit, _norms(emit, h, dim), decision), seed, decision)
             kept = _gather_scaled(emit, h, dim, rows, scale)
         return self.severed.cut(kept), self.severed.cut(rows)
 
@@ -112,6 +123,7 @@ class _Rewriter:
             emit = Emitter(self.graph, node, tag="must_be_in_backward")
             g, g_dim = self._matrix(site.gradient)
             _, dim = self._matrix(site.activation)
+            rows = self.known.record(emit, decision, g, _other(g, g_dim), rows)
             return self._replace(emit, site, node, (kept, dim), (_gather(emit, g, g_dim, rows), g_dim))
 
     def late(self, decision: Decision) -> Node:

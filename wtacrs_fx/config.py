@@ -12,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from wtacrs_fx.estimators import ESTIMATORS
+from wtacrs_fx.norms import NORMS, NormSource
 from wtacrs_fx.rounding import BITS
 from wtacrs_fx.units import parse_bytes
 
@@ -65,6 +66,20 @@ class Config:
     exclude: tuple[str, ...] = _option(
         OUTPUT_HEADS, "Sites whose module name matches one of these patterns stay exact. Default: output heads."
     )
+    norms: "str | NormSource" = _option(
+        "activation",
+        "What early sites (rows chosen in the forward) know of gradient norms: 'activation', nothing; 'position', a running mean "
+        "per position of the sequence and layer; 'sample', those of the last time that the training example was seen, see "
+        "wtacrs_fx.sample_ids; or an object, such as wtacrs_fx.SampleNorms(examples=20000). Wrong norms cost variance only.",
+    )
+    padding: str | None = _option(
+        None,
+        "Name of the batch argument whose zeros mark rows without a gradient, e.g. 'attention_mask': they are never kept, once a "
+        "real batch has shown at a site that their gradients are zero. None: unknown.",
+    )
+    padding_exclude: tuple[str, ...] = _option(
+        (), "Modules about whose rows the argument of padding says nothing (fnmatch, e.g. 'decoder.*')."
+    )
     late: str = _option(
         "sample",
         "What to do where the input is in memory in the backward anyway: 'sample' (rows chosen by the true gradient; "
@@ -116,11 +131,16 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude", "round_include", "round_exclude"):
+        for name in ("include", "exclude", "round_include", "round_exclude", "padding_exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "inductor", _inductor_options(self.inductor))
         _check_number("ratio", self.ratio, float, lambda r: 0 < r <= 1, "a number with 0 < ratio <= 1, such as 0.3")
         _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        _check_norms(self.norms)
+        if self.padding is not None and not (isinstance(self.padding, str) and self.padding):
+            raise TypeError(
+                f"padding={self.padding!r}: expected None or the name of a batch argument, e.g. 'attention_mask'."
+            )
         _check_choice("late", self.late, ("sample", "exact"))
         _check_choice("inner", self.inner, ("inductor", "eager"))
         _check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
@@ -174,6 +194,25 @@ class Config:
         return cls(**options)
 
     @property
+    def has_state(self) -> bool:
+        """Whether compiled graphs ask a Backend for what it knows of rows."""
+        return self.norms != "activation" or self.padding is not None
+
+    @property
+    def norms_kind(self) -> str:
+        """The norm source's name."""
+        return self.norms if isinstance(self.norms, str) else self.norms.kind
+
+    def refuse_state(self, entry: str) -> None:
+        """For ways in without a Backend. Raises: ValueError: ``norms`` or ``padding`` would be without effect there."""
+        if self.has_state:
+            name = f"norms={self.norms_kind!r}" if self.norms != "activation" else f"padding={self.padding!r}"
+            raise ValueError(
+                f"{name} with {entry}: what is known of gradients belongs to a Backend. Use torch.compile(model, "
+                "backend='wtacrs', options=...), or leave the option out."
+            )
+
+    @property
     def reuse(self) -> bool | None:
         """Inductor's ``allow_buffer_reuse`` where the user has given it."""
         return self.inductor.get("allow_buffer_reuse")
@@ -181,6 +220,7 @@ class Config:
     def fingerprint(self) -> str:
         """A hash over every option, for cache keys. Equal options give equal fingerprints in every process."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["norms"] = self.norms_kind
         values["inductor"] = sorted((k, repr(v)) for k, v in self.inductor.items())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -241,6 +281,16 @@ def _check_budget(value: Any) -> None:
         )
     if not number > 0:
         raise ValueError(f"memory_budget={value!r}: expected {expected}.")
+
+
+def _check_norms(value: Any) -> None:
+    if isinstance(value, str):
+        _check_choice("norms", value, NORMS)
+    elif not isinstance(value, NormSource):
+        raise TypeError(
+            f"norms={value!r}: expected one of {', '.join(map(repr, NORMS))}, or an object of a class derived from "
+            "wtacrs_fx.NormSource."
+        )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from wtacrs_fx.backend import Partitioner, dynamo_names
+from wtacrs_fx.backend import Partitioner
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import compile_inductor
+from wtacrs_fx.names import dynamo_names
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 T = TypeVar("T")
