@@ -73,7 +73,7 @@ class KnownRows:
         """Importance of the rows of an early draw, from the norms of H."""
         if not self.knows(decision):
             return norms
-        members = [self.keys[d.site.node] for d in self.early if d.group == decision.group]
+        members = [self.keys[d.site.node] for d in self._members(decision)]
         mask = self._padding_mask()[0] if self._masked(decision) else None
         return emit(
             wtacrs.known_importance.default,
@@ -98,12 +98,18 @@ class KnownRows:
         return emit(wtacrs.record_rows.default, self._forward_token()[1], squared, mask, rows, key)
 
     def _masked(self, decision: Decision) -> bool:
-        """Whether the mask has an element per row of the site: a pooled input has fewer."""
+        """Whether the mask is about the rows of a draw: it has one element per row (a pooled input has fewer), and no site of
+        the draw is excluded."""
         if self.padding is None:
             return False
-        if any(fnmatch.fnmatchcase(decision.site.module, p) for p in self.config.padding_exclude):
+        names = [d.site.module for d in self._members(decision)]
+        if any(fnmatch.fnmatchcase(n, p) for n in names for p in self.config.padding_exclude):
             return False
         return bool(statically_known_true(self.padding.meta["val"].numel() == decision.site.activation.rows))
+
+    def _members(self, decision: Decision) -> list[Decision]:
+        """The early sites that share a draw."""
+        return [d for d in self.early if d.group == decision.group]
 
     def _forward_token(self) -> tuple[Node, Node]:
         """(number of the forward, its copy for the backward)."""

@@ -111,7 +111,9 @@ class _Rewriter:
         h, dim = self._matrix(decision.site.activation)
         with self.draws.behind(h):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
-            rows, scale = self._select(emit, self.known.importance(emit, _norms(emit, h, dim), decision), seed, decision)
+            rows, scale = self._select(
+                emit, self.known.importance(emit, _norms(emit, h, dim), decision), seed, decision
+            )
             kept = _gather_scaled(emit, h, dim, rows, scale)
         return self.severed.cut(kept), self.severed.cut(rows)
 

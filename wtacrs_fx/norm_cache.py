@@ -160,4 +160,3 @@ def _length(rows: Rows) -> int:
     if not rows.ids or rows.count % len(rows.ids):
         return 0
     return rows.count // len(rows.ids)
-

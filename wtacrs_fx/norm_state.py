@@ -108,7 +108,9 @@ class RowState:
         if trial.verdict == "refused" or trial.calls & (trial.calls - 1):
             return
         padded = ~mask
-        shows, wrong = torch.stack([padded.any() & torch.isfinite(squared).all(), (squared * padded > 0).any()]).tolist()
+        shows, wrong = torch.stack(
+            [padded.any() & torch.isfinite(squared).all(), (squared * padded > 0).any()]
+        ).tolist()
         if shows:
             trial.verdict = "refused" if wrong else "zero"
             if wrong:
@@ -171,7 +173,9 @@ def begin(sites: Sequence[str]) -> int:
         state.news.clear()
     ids = None
     if state.source is not None and state.source.wants_ids:
-        ids = None if now is None else now.take((running.graph, running.parameter is not None and id(running.parameter)))
+        ids = (
+            None if now is None else now.take((running.graph, running.parameter is not None and id(running.parameter)))
+        )
         if ids is not None:
             _check_length(ids, running.inputs)
         elif not state.warned:
