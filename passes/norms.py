@@ -2,11 +2,11 @@
 
     norms: f32[M]                                    begin_rows: i64[1] = wtacrs.begin_rows("up:64x256\\n...", cpu)
                                                      norms: f32[M]
-    select_rows(norms, ...)                    ->    w: f64[M] = wtacrs.known_importance(begin_rows, norms, mask, "up:64x256", T)
+    select_rows(norms, ...)                    ->    w: f64[M] = wtacrs.known_importance(begin_rows, norms, mask, "up...", T)
                                                      select_rows(w, ...)
     ...                                              ...
                                                      sum: f32[M] = (grad * grad).sum(1)
-                                                     rows_1: i64[k] = wtacrs.record_rows(begin_rows, sum, mask, rows, "up:64x256")
+                                                     rows_1: i64[k] = wtacrs.record_rows(begin_rows, sum, mask, rows, "up...")
     index: f32[k, O] = grad[rows]                    index: f32[k, O] = grad[rows_1]
 
 The state behind these ops is that of :mod:`wtacrs_fx.norm_state`.

@@ -105,7 +105,7 @@ def test_knowing_the_norms_lowers_the_noise(kind):
         compiled = torch.compile(model, backend=Backend(**{**EARLY, "estimator": "systematic"}, **options))
         errors = []
         with sample_ids(range(8)):
-            for i in range(24):
+            for _ in range(24):
                 found = gradients(model, *batch, call=compiled)
                 errors.append(sum(float((found[n] - g).square().sum() / g.square().sum()) for n, g in last.items()))
         return sum(errors[4:])
@@ -293,7 +293,7 @@ def test_two_models_do_not_mix():
     models, batches = (Transformer(layers=1), Transformer(layers=1)), (transformer_batch(), transformer_batch(seed=3))
     shared = Backend(norms="sample", **EARLY)
     compiled = [torch.compile(m, backend=shared) for m in models]
-    for model, call, batch in zip(models, compiled, batches):
+    for call, batch in zip(compiled, batches):
         with sample_ids(range(8)):
             call(*batch).backward()
     one = []

@@ -113,7 +113,7 @@ def test_check_reports_refused_sites():
 def test_unknown_name_lists_the_arguments():
     model, batch = Masked(layers=1), masked_batch()
     compiled = torch.compile(model, backend=Backend(padding="mask", **EARLY))
-    with pytest.raises(Exception, match="padding='mask': no such argument.* are attention_mask, x, target"):
+    with pytest.raises(Exception, match=r"padding='mask': no such argument.* are attention_mask, x, target"):
         compiled(*batch)
     with pytest.raises(TypeError, match="padding=True"):
         Backend(padding=True)

@@ -12,7 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from wtacrs_fx.estimators import ESTIMATORS
-from wtacrs_fx.norms import NORMS, NormSource
+from wtacrs_fx.norms import NormSource, check_norms
 from wtacrs_fx.rounding import BITS
 from wtacrs_fx.units import parse_bytes
 
@@ -66,16 +66,16 @@ class Config:
     exclude: tuple[str, ...] = _option(
         OUTPUT_HEADS, "Sites whose module name matches one of these patterns stay exact. Default: output heads."
     )
-    norms: "str | NormSource" = _option(
+    norms: "str | NormSource" = _option(  # noqa: RUF009  (the default is a str)
         "activation",
-        "What early sites (rows chosen in the forward) know of gradient norms: 'activation', nothing; 'position', a running mean "
-        "per position of the sequence and layer; 'sample', those of the last time that the training example was seen, see "
+        "What early sites (rows chosen in the forward) know of gradient norms: 'activation', nothing; 'position', a running "
+        "mean per position of the sequence and layer; 'sample', those of the last time that the training example was seen, see "
         "wtacrs_fx.sample_ids; or an object, such as wtacrs_fx.SampleNorms(examples=20000). Wrong norms cost variance only.",
     )
     padding: str | None = _option(
         None,
-        "Name of the batch argument whose zeros mark rows without a gradient, e.g. 'attention_mask': they are never kept, once a "
-        "real batch has shown at a site that their gradients are zero. None: unknown.",
+        "Name of the batch argument whose zeros mark rows without a gradient, e.g. 'attention_mask': they are never kept, once "
+        "a real batch has shown at a site that their gradients are zero. None: unknown.",
     )
     padding_exclude: tuple[str, ...] = _option(
         (), "Modules about whose rows the argument of padding says nothing (fnmatch, e.g. 'decoder.*')."
@@ -136,7 +136,7 @@ class Config:
         object.__setattr__(self, "inductor", _inductor_options(self.inductor))
         _check_number("ratio", self.ratio, float, lambda r: 0 < r <= 1, "a number with 0 < ratio <= 1, such as 0.3")
         _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
-        _check_norms(self.norms)
+        check_norms(self.norms)
         if self.padding is not None and not (isinstance(self.padding, str) and self.padding):
             raise TypeError(
                 f"padding={self.padding!r}: expected None or the name of a batch argument, e.g. 'attention_mask'."
@@ -281,16 +281,6 @@ def _check_budget(value: Any) -> None:
         )
     if not number > 0:
         raise ValueError(f"memory_budget={value!r}: expected {expected}.")
-
-
-def _check_norms(value: Any) -> None:
-    if isinstance(value, str):
-        _check_choice("norms", value, NORMS)
-    elif not isinstance(value, NormSource):
-        raise TypeError(
-            f"norms={value!r}: expected one of {', '.join(map(repr, NORMS))}, or an object of a class derived from "
-            "wtacrs_fx.NormSource."
-        )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

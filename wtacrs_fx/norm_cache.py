@@ -115,7 +115,8 @@ class SampleNorms(NormSource):
         if self.examples is not None and state["examples"] != self.examples:
             raise ValueError(
                 f"the checkpoint's norms are of {state['examples']} examples, this cache is for {self.examples}: load it into "
-                f"SampleNorms(examples={state['examples']}) and resize({self.examples}) then, if the first examples are the same."
+                f"SampleNorms(examples={state['examples']}), and resize({self.examples}) then if the first examples are the "
+                "same."
             )
         self.position.load_state_dict(state["position"])
         self._needed = state["examples"]
@@ -140,8 +141,8 @@ class SampleNorms(NormSource):
         free = available_bytes() + self.bytes if self.host_memory is None else self.host_memory
         if predicted > self._device_limit(device) + free:
             raise MemoryError(
-                f"norms='sample': the cache of {self.size} examples at {len(self._expected)} sites (of {length} tokens here) takes "
-                f"{format_bytes(predicted)} ({predicted} B), and {format_bytes(int(free))} of host memory are free. Use "
+                f"norms='sample': the cache of {self.size} examples at {len(self._expected)} sites (of {length} tokens here) "
+                f"takes {format_bytes(predicted)} ({predicted} B), and {format_bytes(int(free))} of host memory are free. Use "
                 "norms='position', fewer sites (include, exclude), or shorter sequences."
             )
         self._checked = self.size

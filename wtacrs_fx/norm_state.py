@@ -75,7 +75,8 @@ class RowState:
         return f"@{len(known) - 1}" if len(known) > 1 else ""
 
     def importance(self, call: "Call", norms: Tensor, mask: Tensor | None, sites: Sequence[str], length: int) -> Tensor:
-        """``|h_i| n_i`` for the estimates n of ``|g|``, over sites that share the input: ``n_i^2 = sum_s n_si^2``. float64 [M]."""
+        """``|h_i| n_i`` for the estimates n of ``|g|``, over sites s that share the input: ``n_i^2 = sum_s n_si^2``.
+        float64 [M]."""
         names = [site + call.suffix for site in sites]
         rows = Rows(norms.shape[0], length, norms.device, call.ids, mask, call.copies)
         if mask is not None and not all(self.padding.setdefault(n, Trial()).verdict == "zero" for n in names):

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NORMS = ("activation", "position", "sample")
+"""Names that the option ``norms`` knows."""
+
 FLOOR = 0.05
 """Least norm of a row, in means over the batch's rows. Rows believed to have no gradient then take at most 5 % of the draws,
 and one that has a gradient all the same has a scale of at most 20 times that of uniform sampling."""
@@ -84,7 +87,8 @@ class NormSource:
 
 
 class PositionNorms(NormSource):
-    """``norms="position"``: a running mean of ``|g|^2`` for every position of the sequence and site, over the batch's sequences.
+    """``norms="position"``: a running mean of ``|g|^2`` for every position of the sequence and site, over
+    the batch's sequences.
 
     ``m_t <- m_t + r (mean over the batch of |g_t|^2 - m_t)`` with ``r = max(rate, 1 / (batches seen + 1))``; rows of padding
     and values that are not finite (overflows under loss scaling) are left out. A position not seen yet has the mean of the
@@ -177,13 +181,25 @@ def floored(norms: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.where(mean > 0, n, 1.0)
 
 
+def check_norms(value: Any) -> None:
+    """Refuse what is no value of the option ``norms``. Raises: ValueError: an unknown name. TypeError: no NormSource."""
+    if isinstance(value, str):
+        if value not in NORMS:
+            near = difflib.get_close_matches(value, NORMS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"norms={value!r}: expected one of {', '.join(map(repr, NORMS))}.{hint}")
+    elif not isinstance(value, NormSource):
+        raise TypeError(
+            f"norms={value!r}: expected one of {', '.join(map(repr, NORMS))}, or an object of a class derived from "
+            "wtacrs_fx.NormSource."
+        )
+
+
 def make_source(norms: "str | NormSource") -> NormSource | None:
     """The source behind an option's value: a new one for a name, the object itself, None for "activation"."""
     from wtacrs_fx.norm_cache import SampleNorms
 
     if not isinstance(norms, str):
         return norms
-    return {"activation": lambda: None, "position": PositionNorms, "sample": SampleNorms}[norms]()
-
-
-NORMS = ("activation", "position", "sample")
+    made: Mapping[str, type[PositionNorms] | type[SampleNorms]] = {"position": PositionNorms, "sample": SampleNorms}
+    return None if norms == "activation" else made[norms]()
