@@ -13,7 +13,7 @@ from wtacrs_fx.units import format_bytes, parse_bytes
 
 class SampleNorms(NormSource):
     """``|g|`` of every token of every training example, as of the last time that the example was seen (Liu et al., arXiv
-    2305.15265, section 3.3 and algorithm 1: their cache has one norm an example; here it has one a token).
+    2305.15265, section 3).
 
     bfloat16 [examples, longest sequence] per site, on the device while ``device_memory`` has room, beyond in pinned host
     memory with asynchronous copies. What was not seen yet has the running mean of its position (:class:`PositionNorms`).
