@@ -364,6 +364,53 @@ def test_copies_and_pickles():
         assert not any(torch.equal(other.norms.tables[k].data, before[k]) for k in before)
 
 
+def test_equal_layers_compiled_one_by_one():
+    """They share a compiled graph, and their norms are told apart by their parameters."""
+    model, backend = Heads(layers=3), Backend(norms="position", **EARLY)
+    for block in model.blocks:
+        block.compile(backend=backend)
+    model(*transformer_batch()).backward()
+    sites = [s for s in backend.norms.mean if s.startswith("down")]
+    assert sorted(sites) == ["down:256x64", "down:256x64@1", "down:256x64@2"]
+    whole = Backend(norms="position", **EARLY)
+    torch._dynamo.reset()
+    again = copy.deepcopy(Heads(layers=3))
+    again.load_state_dict(model.state_dict())
+    torch.compile(again, backend=whole)(*transformer_batch()).backward()
+    expected = {f"{float(t.sum()):.4g}" for s, t in whole.norms.mean.items() if s.split(".")[2].startswith("down")}
+    assert {f"{float(backend.norms.mean[s].sum()):.4g}" for s in sites} == expected
+    assert len(expected) == 3
+
+
+def test_with_a_memory_budget_and_the_checks():
+    """Bytes as predicted, no bias, with the plan of the default budget and bits; late sites ask for nothing."""
+    model, batch = Heads(), transformer_batch()
+    options = {**EARLY, "late": "sample", "memory_budget": 0.9, "round_bits": 8}
+    with sample_ids(range(8)):
+        found = wtacrs_fx.check(model, batch, draws=8, norms="sample", **options)
+    assert found.faults == [], found.table()
+    kinds = {layer.decision for layer in found.layers}
+    assert "late" in kinds, kinds
+
+
+def test_report_of_a_model_with_norms():
+    ledger = wtacrs_fx.report(Transformer(), transformer_batch(), norms="position", late="exact", **SMALL)
+    assert "norms: position" in ledger.table("site")
+    assert "shared with blocks.0.v; norms: position" in ledger.table("site")
+
+
+def test_ops():
+    token, norms = torch.zeros(1, dtype=torch.int64), torch.rand(6)
+    mask, index = torch.ones(6, dtype=torch.bool), torch.arange(3)
+    for op, args in (
+        (torch.ops.wtacrs.known_importance.default, (token, norms, mask, "a", 3)),
+        (torch.ops.wtacrs.known_importance.default, (token, norms, None, "a", 0)),
+        (torch.ops.wtacrs.record_rows.default, (token, norms, mask, index, "a")),
+    ):
+        torch.library.opcheck(op, args)
+    assert int(torch.ops.wtacrs.begin_rows("a", CPU)) == 0, "nobody is running"
+
+
 def test_floored():
     n = floored(torch.tensor([0.0, 1.0, 3.0, float("nan"), -2.0, float("inf")]))
     torch.testing.assert_close(n, torch.tensor([FLOOR * 4 / 3, 1.0, 3.0, 4 / 3, 4 / 3, 4 / 3], dtype=torch.float64))

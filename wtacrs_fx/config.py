@@ -159,13 +159,15 @@ class Config:
             raise TypeError(f"verbose={self.verbose!r}: expected True, False or 2.")
 
     def exact(self) -> "Config":
-        """The same with nothing sampled, rounded, packed or planned: what Inductor's own partition holds."""
+        """The same with nothing sampled, known, rounded, packed or planned: what Inductor's own partition holds."""
         off: dict[str, Any] = {
             "ratio": 1.0,
             "attention": False,
             "memory_budget": None,
             "round_bits": None,
             "pack_masks": False,
+            "norms": "activation",
+            "padding": None,
         }
         return dataclasses.replace(self, **off)
 
