@@ -246,7 +246,7 @@ def _with_adapters(model: nn.Module) -> nn.Module:
     import peft
 
     config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"])
-    adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
 
