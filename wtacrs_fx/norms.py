@@ -18,11 +18,13 @@ NORMS = ("activation", "position", "sample")
 
 FLOOR = 0.05
 """Least norm of a row, in means over the batch's rows. Rows believed to have no gradient then take at most 5 % of the draws,
-and one that has a gradient all the same has a scale of at most 20 times that of uniform sampling."""
+and one that has a gradient all the same has a scale of at most 20 times that of uniform sampling. On MiniLM, 32x48 tokens of
+reviews, norms of "sample" 8 steps old, 0.3 of the rows: error 0.177 without a floor, 0.181 at 0.01, 0.196 at 0.05, 0.245 at
+0.2; with the padding known 0.177 at all of them, or a little less."""
 
 RATE = 0.1
 """Share of the newest batch in a running mean: the mean is over about 19 batches, so that the noise of one batch averages out
-and the drift of training does not. The first ten batches count equally."""
+and the drift of training does not. The first ten batches count equally. (Errors at 0.03, 0.1 and 0.3 were within 2 %.)"""
 
 
 @dataclass(frozen=True)
