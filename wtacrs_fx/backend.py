@@ -138,7 +138,7 @@ class Backend:
             raise TypeError("options= beside a wtacrs_fx.Backend object: give them to the object, Backend(ratio=...).")
         check_torch_version()
         _check_budgets(self.config)
-        partition_fn = Partitioner(self.config, dynamo_names(gm))
+        partition_fn = Partitioner(self.config.without_state(), dynamo_names(gm))
         partition_fn.ledgers = self.ledgers
         if self.config.inner == "eager":
             compiled = _compile_eager(gm, example_inputs, partition_fn, mode)

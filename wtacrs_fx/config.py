@@ -12,7 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from wtacrs_fx.estimators import ESTIMATORS
-from wtacrs_fx.norms import NormSource, check_norms
+from wtacrs_fx.norms import NamedNorms, NormSource, check_norms
 from wtacrs_fx.rounding import BITS
 from wtacrs_fx.units import parse_bytes
 
@@ -160,16 +160,9 @@ class Config:
 
     def exact(self) -> "Config":
         """The same with nothing sampled, known, rounded, packed or planned: what Inductor's own partition holds."""
-        off: dict[str, Any] = {
-            "ratio": 1.0,
-            "attention": False,
-            "memory_budget": None,
-            "round_bits": None,
-            "pack_masks": False,
-            "norms": "activation",
-            "padding": None,
-        }
-        return dataclasses.replace(self, **off)
+        sampled: dict[str, Any] = {"ratio": 1.0, "attention": False, "norms": "activation", "padding": None}
+        held: dict[str, Any] = {"memory_budget": None, "round_bits": None, "pack_masks": False}
+        return dataclasses.replace(self, **sampled, **held)
 
     @classmethod
     def from_options(cls, options: "Mapping[str, Any] | Config | None" = None) -> "Config":
@@ -204,6 +197,10 @@ class Config:
     def norms_kind(self) -> str:
         """The norm source's name."""
         return self.norms if isinstance(self.norms, str) else self.norms.kind
+
+    def without_state(self) -> "Config":
+        """The same, as graphs are compiled by it: with the kind of a norm source in place of the object."""
+        return self if isinstance(self.norms, str) else dataclasses.replace(self, norms=NamedNorms(self.norms.kind))
 
     def refuse_state(self, entry: str) -> None:
         """For ways in without a Backend. Raises: ValueError: ``norms`` or ``padding`` would be without effect there."""

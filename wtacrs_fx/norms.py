@@ -88,6 +88,13 @@ class NormSource:
             raise ValueError(f"a checkpoint of norms={state.get('kind')!r} was given to norms={self.kind!r}.")
 
 
+class NamedNorms(NormSource):
+    """Stands for a source where only its kind counts: in what is compiled, and in keys of caches, there is no state."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
 class PositionNorms(NormSource):
     """``norms="position"``: a running mean of ``|g|^2`` for every position of the sequence and site, over
     the batch's sequences.
