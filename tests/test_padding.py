@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import wtacrs_fx
@@ -96,6 +97,20 @@ def test_a_batch_without_padding_shows_nothing():
     assert set(backend.padding.values()) == {"zero"}
     means = backend.norms.mean["blocks.0.down:256x64"]
     assert (means > 0).all(), "positions that are often padding have the mean of those that are not"
+
+
+def test_a_mask_of_other_rows_of_the_same_number():
+    """T5 with as many target tokens as input tokens: the mask is the encoder's, and the decoder's rows have gradients."""
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50)
+    config.decoder_start_token_id = 0
+    model = transformers.T5ForConditionalGeneration(config).train()
+    ids, mask = torch.randint(2, 50, (8, 16)), masked_batch()[2]
+    backend = Backend(padding="attention_mask", **EARLY)
+    torch.compile(model, backend=backend)(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    for site, verdict in backend.padding.items():
+        of_encoder = site.startswith("encoder") or "EncDecAttention.k" in site or "EncDecAttention.v" in site
+        assert verdict == ("zero" if of_encoder else "refused"), site
+    assert len(set(backend.padding.values())) == 2
 
 
 def test_check_reports_refused_sites():

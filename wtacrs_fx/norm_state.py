@@ -95,19 +95,19 @@ class RowState:
     def record(self, call: "Call", squared: Tensor, mask: Tensor | None, site: str) -> None:
         """Note what the gradient rows of a site were. squared, float [M]: their squared norms."""
         name = site + call.suffix
-        if mask is not None:
-            self._try_padding(name, squared, mask)
+        if mask is not None and not self._try_padding(name, squared, mask):
+            mask = None
         if self.source is not None:
             rows = Rows(squared.shape[0], call.lengths.get(name, 0), squared.device, call.ids, mask, call.copies)
             self.source.record(name, rows, squared.sqrt())
 
-    def _try_padding(self, site: str, squared: Tensor, mask: Tensor) -> None:
-        """Look at calls 1, 2, 4, 8, ... of a site, because looking waits for the device. A batch without padding, or with an
+    def _try_padding(self, site: str, squared: Tensor, mask: Tensor) -> bool:
+        """Whether the mask is to be believed. Look at calls 1, 2, 4, 8, ... of a site, because looking waits for the device. A batch without padding, or with an
         overflow, shows nothing."""
         trial = self.padding.setdefault(site, Trial())
         trial.calls += 1
         if trial.verdict == "refused" or trial.calls & (trial.calls - 1):
-            return
+            return trial.verdict == "zero"
         padded = ~mask
         shows, wrong = torch.stack(
             [padded.any() & torch.isfinite(squared).all(), (squared * padded > 0).any()]
@@ -116,6 +116,7 @@ class RowState:
             trial.verdict = "refused" if wrong else "zero"
             if wrong:
                 self.news.append(site)
+        return trial.verdict == "zero"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "owners": {}}  # references to this process's, or this model's, parameters
