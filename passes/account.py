@@ -37,7 +37,8 @@ def build_ledger(
         before, after, reason = exact_bytes.get(source, 0), now_bytes.get(source, 0), decision.reason
         if decision.group in first_of:  # bytes are counted once, at the first site
             before = after = 0
-            reason = reason or f"shared with {first_of[decision.group]}"
+            shared = f"shared with {first_of[decision.group]}"
+            reason = f"{shared}; {reason}" if reason.startswith("norms: ") else reason or shared
         elif decision.action is Action.LATE:
             after += sum(storages([done.norms[decision.group], *mean]).values())
         elif decision.action is Action.EARLY:

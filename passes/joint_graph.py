@@ -6,6 +6,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.names import Argument
 from wtacrs_fx.passes.budget import Partition
 from wtacrs_fx.passes.sites import gradient_outputs, primals
 from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
@@ -30,10 +31,28 @@ def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str
     result = {}
     for i, node in enumerate(primals(graph)):
         name = names[i] if i < len(names) else None
+        name = None if isinstance(name, Argument) else name
         name = name or getattr(node.meta.get("desc"), "target", None)
         if name:
             result[node] = name
     return result
+
+
+def padding_placeholder(graph: Graph, names: Sequence[str | None], padding: str | None) -> Node | None:
+    """The placeholder of the batch argument that the option ``padding`` names; None without the option.
+
+    Raises:
+        ValueError: the graph has no such input; the batch arguments it has are listed.
+    """
+    if padding is None:
+        return None
+    arguments = {str(name): node for name, node in zip(names, primals(graph)) if isinstance(name, Argument)}
+    if padding not in arguments:
+        raise ValueError(
+            f"padding={padding!r}: no such argument of the model. Those of this graph are {', '.join(arguments) or 'unnamed'}; "
+            "behind a graph break only what is passed on by its name can be used."
+        )
+    return arguments[padding]
 
 
 def cutter(

@@ -77,7 +77,10 @@ def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
         first = Action.LATE if config.late == "sample" and not site.is_attention else Action.EARLY
         reason, group = _why_exact(site, config), draw_group(site)
         ratio = 1.0 if reason else config.ratio_of(site.module) or 1.0
-        plan.append(Decision(site, Action.EXACT if reason else first, reason, 0, group, ratio))
+        action = Action.EXACT if reason else first
+        if action is Action.EARLY and not site.is_attention:
+            reason = _early_reason(config)
+        plan.append(Decision(site, action, reason, 0, group, ratio))
     return share_ratios(plan, config)
 
 
@@ -148,7 +151,7 @@ def settle(
             if decision.base.name not in saved:
                 decision = decision.to(Action.LATE, "input recomputed at the kept rows")
             elif op is None:
-                decision = decision.to(Action.EARLY, "")
+                decision = decision.to(Action.EARLY, _early_reason(config))
             else:
                 decision = _in_memory(decision, f"input also needed by {op}", config)
         new.append(decision)
@@ -250,6 +253,11 @@ def is_view(node: Node) -> bool:
         return False
     info = schema.arguments[0].alias_info
     return (info is not None and not info.is_write) or node.target is torch.ops.aten._unsafe_view.default
+
+
+def _early_reason(config: Config) -> str:
+    """What an early site's importance comes from, where that is not the input's norms alone."""
+    return "" if config.norms == "activation" else f"norms: {config.norms_kind}"
 
 
 def _why_exact(site: Site, config: Config) -> str:

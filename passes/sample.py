@@ -37,6 +37,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
+from wtacrs_fx.passes.norms import KnownRows
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
 from wtacrs_fx.passes.round import Rounded, read, write
 from wtacrs_fx.passes.rows import as_float32, center, contract, gather, gather_scaled, like, other_dim, row_norms
@@ -85,6 +86,7 @@ def sample(
     draws: Draws,
     config: Config,
     rounded: Rounded | None = None,
+    padding: Node | None = None,
 ) -> Sampled:
     """Rewrite every early and late site of the plan; exact ones, and a graph without any, stay as they are.
 
@@ -96,13 +98,15 @@ def sample(
             handed to the backward.
         config: estimator.
         rounded: what was rounded before: late sites read what stands for it.
+        padding: placeholder of the original graph whose zeros mark rows without a gradient.
     """
     done, plan = Sampled(rounded=rounded or Rounded()), list(plan)
     readers: dict[tuple, list[Node]] = {}
     for decision in plan:
         if decision.action is Action.EARLY:
             readers.setdefault(decision.group, []).append(env[decision.site.node])
-    rewriter = _Rewriter(graph, env, draws, config, done.rounded.stands_for)
+    known = KnownRows(draws, plan, env, config, padding)
+    rewriter = _Rewriter(graph, env, draws, config, done.rounded.stands_for, known)
     for decision in plan:
         if decision.action is Action.EARLY:
             if decision.group not in done.draws:
@@ -119,10 +123,16 @@ def sample(
 
 class _Rewriter:
     def __init__(
-        self, graph: Graph, env: Mapping[Node, Node], draws: Draws, config: Config, rounded: Mapping[Node, Node]
+        self,
+        graph: Graph,
+        env: Mapping[Node, Node],
+        draws: Draws,
+        config: Config,
+        rounded: Mapping[Node, Node],
+        known: KnownRows,
     ) -> None:
         self.graph, self.env, self.draws, self.config, self.rounded = graph, dict(env), draws, config, rounded
-        self.severed = draws.severed
+        self.severed, self.known = draws.severed, known
         self.norms: dict[tuple, Node] = {}
         self.means: dict[tuple, tuple[Node, Node]] = {}
         self.matrices: dict[Node, Node] = {}
@@ -136,7 +146,8 @@ class _Rewriter:
         with self.draws.behind(h if mean is None else mean):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
             h = center(emit, h, mean)
-            rows, scale = self._select(emit, row_norms(emit, h, dim), seed, decision)
+            importance = self.known.importance(emit, row_norms(emit, h, dim), decision)
+            rows, scale = self._select(emit, importance, seed, decision)
             kept = gather_scaled(emit, h, dim, rows, scale)
             if decision.form is None:
                 stored = self.severed.cut(_as_type(emit, kept, decision))
@@ -172,7 +183,8 @@ class _Rewriter:
         with self.graph.inserting_before(node):
             emit = Emitter(self.graph, node, tag="must_be_in_backward")
             g, g_dim = self._matrix(site.gradient)
-            taken = gather(emit, g, g_dim, kept.index), g_dim
+            rows = self.known.record(emit, decision, g, other_dim(g, g_dim), kept.index)
+            taken = gather(emit, g, g_dim, rows), g_dim
             part = self._exact_part(emit, decision, kept.dim, g, g_dim)
             return self._replace(emit, site, node, (kept.rows, kept.dim), taken, part)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
+import wtacrs_fx.norm_ops
+import wtacrs_fx.ops  # noqa: F401  (register the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.account import saved_bytes
@@ -28,7 +29,7 @@ from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_partition
-from wtacrs_fx.passes.joint_graph import copy_joint, parameter_names, weight_placeholders
+from wtacrs_fx.passes.joint_graph import copy_joint, padding_placeholder, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.layouts import relaid_weights
 from wtacrs_fx.passes.pack import Packed, pack_masks
@@ -73,6 +74,8 @@ class Work:
     uncut: Uncut | None = None
     roundings: list[Rounding] = field(default_factory=list)
     packed: list[Packed] = field(default_factory=list)
+    padding: Node | None = None
+    """Placeholder of the mask of rows that are no padding."""
     known: tuple[Partition, Prediction] | None = None
     """What is predicted of a partition."""
 
@@ -101,9 +104,19 @@ class Work:
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
         plan = decide(sites, config)
-        names_of_weights = {n.name for n in weights}
         return cls(
-            joint, num_fwd_outputs, cut, config, kinds, sites, names_of_weights, users, exact, plan, recomputed=users
+            joint,
+            num_fwd_outputs,
+            cut,
+            config,
+            kinds,
+            sites,
+            {n.name for n in weights},
+            users,
+            exact,
+            plan,
+            recomputed=users,
+            padding=padding_placeholder(joint.graph, names, config.padding) if sites else None,
         )
 
     def __post_init__(self) -> None:
@@ -287,7 +300,7 @@ class Work:
         with watch("round_factors", module.graph, self.config.verbose):
             rounded = round_factors(module.graph, self.roundings, env, self.kinds, draws)
         with watch("sample", module.graph, self.config.verbose):
-            done = sample(module.graph, plan, env, draws, self.config, rounded)
+            done = sample(module.graph, plan, env, draws, self.config, rounded, self.padding)
         outputs = severed.extend_outputs(self.num_fwd_outputs)
         with watch("recompute", module.graph, self.config.verbose):
             recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])

@@ -15,8 +15,12 @@ from wtacrs_fx.frontier import Frontier, frontier
 from wtacrs_fx.joint import rewrite_joint
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.noise_budget import NoiseBudget
+from wtacrs_fx.norm_cache import SampleNorms
+from wtacrs_fx.norm_state import norms_of
+from wtacrs_fx.norms import NormSource, PositionNorms, Rows
 from wtacrs_fx.report import report
 from wtacrs_fx.rewrite import rewrite
+from wtacrs_fx.sample_ids import SampleIdsCollator, SampleIdsTrainer, WithSampleIds, sample_ids
 from wtacrs_fx.show import print_graph
 from wtacrs_fx.swap import restore_linears, swap_linears
 
@@ -28,17 +32,26 @@ __all__ = [
     "InvariantError",
     "Ledger",
     "NoiseBudget",
+    "NormSource",
+    "PositionNorms",
     "ReportError",
+    "Rows",
+    "SampleIdsCollator",
+    "SampleIdsTrainer",
+    "SampleNorms",
+    "WithSampleIds",
     "WtacrsWarning",
     "calibrate",
     "check",
     "frontier",
     "ledgers",
+    "norms_of",
     "partitioner",
     "print_graph",
     "report",
     "restore_linears",
     "rewrite",
     "rewrite_joint",
+    "sample_ids",
     "swap_linears",
 ]

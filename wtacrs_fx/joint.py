@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-import wtacrs_fx.ops  # noqa: F401  (registers select_rows and draw_seed)
+import wtacrs_fx.norm_ops
+import wtacrs_fx.ops  # noqa: F401  (register the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.account import build_ledger
 from wtacrs_fx.passes.convolutions import split_convolutions
@@ -56,6 +57,7 @@ def rewrite_joint(
             or changes activations in place; an option outside of its range.
     """
     config = Config.from_options(options)
+    config.refuse_state("rewrite_joint()")
     check_traced(gm, "rewrite_joint")
     result, exact = share(gm), share(gm)
     for module in (result, exact):

@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
-from wtacrs_fx.backend import Partitioner, compile_eager, dynamo_names
+from wtacrs_fx.backend import Partitioner, compile_eager
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
+from wtacrs_fx.names import dynamo_names
 from wtacrs_fx.noise import batch_variance, sequence_squares, variance
 from wtacrs_fx.passes.joint_graph import copy_joint, cutter
 from wtacrs_fx.passes.kinds import is_tangent
 from wtacrs_fx.passes.policy import Action, Decision, rows_kept
 from wtacrs_fx.passes.work import Work
+from wtacrs_fx.private import FakeTensor, dynamo_config, functorch_config, tree_leaves
 from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, starts
 
 GRID = (0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -76,7 +74,8 @@ class Meter:
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         self.model, self.sequences = model, 0
-        self.config = dataclasses.replace(config, memory_budget=None, round_bits=None, pack_masks=False)
+        off: dict[str, Any] = {"memory_budget": None, "round_bits": None, "norms": "activation", "padding": None}
+        self.config = dataclasses.replace(config, **off)
         self._draws: dict[tuple[str, ...], Draw] = {}
         self._graphs = 0
         self._compiled = torch.compile(model, backend=self._backend, dynamic=False)

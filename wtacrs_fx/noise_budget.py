@@ -3,10 +3,10 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from wtacrs_fx.backend import Backend
 from wtacrs_fx.calibrate import Calibration, calibrate
+from wtacrs_fx.private import tree_leaves, tree_map_only
 from wtacrs_fx.tracing import Batch
 
 

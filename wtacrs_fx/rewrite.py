@@ -65,6 +65,7 @@ def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> Grap
         ValueError: the graph was rewritten before; the example inputs do not fit; an option outside of its range.
     """
     config = Config.from_options(options)
+    config.refuse_state("rewrite()")
     check_traced(gm, "rewrite")
     result = share(gm)
     inputs = flatten_inputs(result, example_inputs)

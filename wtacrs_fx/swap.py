@@ -34,6 +34,7 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
         ValueError: a layer was swapped, or the model rewritten, before; an option outside of its range.
     """
     config = Config.from_options(options)
+    config.refuse_state("swap_linears()")
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_linears() takes a torch.nn.Module, not {type(model).__name__}.")
     modules = dict(model.named_modules())

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from wtacrs_fx.backend import Partitioner, dynamo_names
+from wtacrs_fx.backend import Partitioner
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import compile_inductor, uncompiled
+from wtacrs_fx.names import dynamo_names
 from wtacrs_fx.private import FakeTensor, FakeTensorMode, dynamo_config, functorch_config, tree_leaves, tree_map_only
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
