@@ -116,7 +116,7 @@ class Work:
             exact,
             plan,
             recomputed=users,
-            padding=padding_placeholder(joint.graph, names, config.padding) if sites else None,
+            padding=padding_placeholder(joint.graph, names, config.padding, sites),
         )
 
     def __post_init__(self) -> None:

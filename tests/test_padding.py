@@ -134,6 +134,12 @@ def test_unknown_name_lists_the_arguments():
         Backend(padding=True)
 
 
+def test_a_mask_of_another_shape_is_warned_of():
+    model, (x, target, _) = Transformer(layers=1), masked_batch()
+    with pytest.warns(WtacrsWarning, match=r"padding='x' has the shape \(8, 16, 64\), and no linear layer"):
+        gradients(model, x, target, call=torch.compile(model, backend=Backend(padding="x", **EARLY)))
+
+
 def test_pooled_rows_are_not_masked():
     """A mask of [B, T] says nothing about a layer of B rows."""
     model, batch = Masked(layers=1), masked_batch(batch=40)

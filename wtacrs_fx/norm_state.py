@@ -102,8 +102,8 @@ class RowState:
             self.source.record(name, rows, squared.sqrt())
 
     def _try_padding(self, site: str, squared: Tensor, mask: Tensor) -> bool:
-        """Whether the mask is to be believed. Look at calls 1, 2, 4, 8, ... of a site, because looking waits for the device. A
-        batch without padding, or with an overflow, shows nothing."""
+        """Whether the mask is to be believed. Calls 1, 2, 4, 8, ... of a site are looked at, because looking waits for the
+        device. A batch without padding, or with an overflow, shows nothing."""
         trial = self.padding.setdefault(site, Trial())
         trial.calls += 1
         if trial.verdict == "refused" or trial.calls & (trial.calls - 1):
