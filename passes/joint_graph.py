@@ -5,22 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
-<<<<<<< HEAD
-=======
-from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.symbolic_shapes import statically_known_true
->>>>>>> d9f45fcfb7a51fb63d0f37240831f93deba9509f
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.names import Argument
 from wtacrs_fx.passes.budget import Partition
-<<<<<<< HEAD
-from wtacrs_fx.passes.sites import gradient_outputs, primals
-from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
-=======
 from wtacrs_fx.passes.sites import Site, gradient_outputs, primals
->>>>>>> d9f45fcfb7a51fb63d0f37240831f93deba9509f
+from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
 
 
 def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
