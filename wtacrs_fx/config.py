@@ -58,8 +58,9 @@ class Config:
         "ceil(ratio * rows) rows are kept. 1 trains exactly.",
     )
     estimator: str = _option(
-        "wta_crs",
-        "How rows are chosen: 'crs', 'wta_crs', 'systematic' (all unbiased) or 'topk' (biased; for comparison only).",
+        "systematic",
+        "How rows are chosen: 'systematic', 'wta_crs' (the paper's), 'crs' (all unbiased) or 'topk' (biased; for comparison "
+        "only).",
     )
     row_bits: int | None = _option(
         None,
