@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from wtacrs_fx import Backend, NormSource, PositionNorms, Rows, SampleNorms, WtacrsWarning, norms_of, sample_ids
+from wtacrs_fx.norm_table import HostTable
 from wtacrs_fx.norms import FLOOR, floored
 
 from helpers import SMALL, Moments, Transformer, gradients, transformer_batch
@@ -163,6 +164,35 @@ def test_sample_remembers_examples_and_falls_back():
     torch.testing.assert_close(source.read("a", rows(3, 3, (2,)))[:2], torch.tensor([5.0, 4.0]))
     with pytest.raises(ValueError, match=r"\[7\] out of range for 4 examples"):
         source.begin(["a"], (7,))
+
+
+class Copy:
+    """Stands for the event at the end of a copy from a device."""
+
+    def __init__(self) -> None:
+        self.done, self.waits = False, 0
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done, self.waits = True, self.waits + 1
+
+
+def test_only_a_read_of_the_same_examples_waits_for_a_copy():
+    copies = [Copy() for _ in range(3)]
+    table = HostTable(torch.full((4, 2), -1.0, dtype=torch.bfloat16), CPU)
+    table.waiting = [(c, (i,), torch.full((1, 2), 1.0 + i, dtype=torch.bfloat16)) for i, c in enumerate(copies)]
+    assert table.read(rows(2, 2, (3,)), 2).tolist() == [[-1, -1]]
+    assert len(table.waiting) == 3
+    copies[0].done = True
+    table.read(rows(2, 2, (3,)), 2)
+    assert [c.waits for c in copies] == [0, 0, 0]
+    assert len(table.waiting) == 2, "what has arrived is taken in"
+    assert table.read(rows(2, 2, (1,)), 2).tolist() == [[2, 2]]
+    assert [c.waits for c in copies] == [0, 1, 0]
+    assert table.snapshot()[:, 0].tolist() == [1, 2, 3, -1]
+    assert [c.waits for c in copies] == [0, 1, 1]
 
 
 def test_sample_grows_without_a_number():
