@@ -37,16 +37,18 @@ def ddp(rank, ratio=0.9999, seed=None, buckets=25, width=64):
     return {"grads": grads(model), "graphs": len(backend.ledgers), "sampled": names}
 
 
-def fsdp(rank):
+def fsdp(rank, whole=False):
     from torch.distributed.fsdp import fully_shard
 
     model, batch = model_and_batch(rank)
     backend = Backend(**KEEP_ALL)
     for block in model.blocks:
-        block.compile(backend=backend)
+        if not whole:
+            block.compile(backend=backend)
         fully_shard(block)
     fully_shard(model)
-    model(*batch).backward()
+    call = torch.compile(model, backend=backend) if whole else model
+    call(*batch).backward()
     names = sorted({e.module for x in backend.ledgers for e in x.entries if e.decision != "exact"})
     return {"grads": grads(model), "graphs": len(backend.ledgers), "sampled": names}
 

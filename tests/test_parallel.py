@@ -94,11 +94,12 @@ def test_ddp_is_unbiased_at_half_of_the_rows(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.works_with("Parallelism", "FSDP2: `fully_shard` per block, each block compiled", "yes")
-def test_fsdp2(tmp_path):
-    results = two_ranks("fsdp", tmp_path)
+@pytest.mark.works_with("Parallelism", "FSDP2: `fully_shard` per block, the blocks or the model compiled", "yes")
+@pytest.mark.parametrize("whole", [False, True])
+def test_fsdp2(whole, tmp_path):
+    results = two_ranks('fsdp:{"whole": true}' if whole else "fsdp", tmp_path)
     agree(results)
-    assert {"q", "up", "down"} <= set(results[0]["sampled"])
+    assert {"q", "up", "down"} <= {name.rpartition(".")[2] for name in results[0]["sampled"]}
 
 
 @pytest.mark.long
