@@ -5,12 +5,14 @@
 Every arm is trained in parts of 500 steps, each in a process of its own that resumes from the last checkpoint. What is in the
 folder is not done again, so that a soak that was stopped goes on. It ends with a table and, if a check fails, exit status 1:
 
-- memory: the resident set after a part against that after its warm-up;
+- memory: the resident set after a part against that after its first evaluation;
 - compilation: graphs compiled behind the warm-up (of 20 steps and an evaluation);
 - loss: held-out loss of sampled training against exact training, where exact training from other batches says what is noise.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -118,7 +120,9 @@ class Part:
             if (step + 1) % EVERY == 0 or step == self.start:
                 evaluations.append((step + 1, evaluate(model, *held_out)))
             if step == self.start + WARM_UP:
-                before, graphs = resident_bytes(), compiled_graphs()
+                graphs = compiled_graphs()
+            if step == min(self.start + EVERY, self.stop - 1):  # (allocators settle later than compilers)
+                before = resident_bytes()
         grown, compiled = resident_bytes() - before, compiled_graphs() - graphs
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         temporary = self.checkpoint(self.stop).with_suffix(".new")
@@ -143,7 +147,11 @@ def evaluate(model: nn.Module, x: Tensor, target: Tensor) -> float:
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Of this process, now, once what is free has been given back to the operating system."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc
+        trim(0)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024

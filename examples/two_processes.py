@@ -65,6 +65,7 @@ def main(kind: str = "ddp", inner: str = "inductor") -> None:
         print(
             f"{kind}: loss of the first five steps {sum(losses[:5]) / 5:.3f}, of the last five {sum(losses[-5:]) / 5:.3f}"
         )
+    dist.barrier()  # nobody leaves while another one still talks to it
     dist.destroy_process_group()
 
 
