@@ -1,12 +1,13 @@
 # Both main targets work on a fresh machine: they create .venv, install what is pinned, and run.
 #   make demo   fine-tune MiniLM on movie reviews, exact and sampled side by side
 #   make test   the test suite, and a wheel built, installed and imported elsewhere
+# make test-all also runs what takes long, make fuzz 200 random networks, make soak thousands of steps.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint wheel-check clean
+.PHONY: demo test test-all test-fast fuzz soak lint wheel-check clean
 
 $(INSTALLED): pyproject.toml constraints.txt requirements-demo.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,10 +21,19 @@ demo: $(INSTALLED)
 	$(BIN)/wtacrs-fx demo
 
 test: $(INSTALLED) wheel-check
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+test-all: $(INSTALLED) wheel-check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+fuzz: $(INSTALLED)
+	FUZZ_NETWORKS=200 $(BIN)/python -m pytest tests/test_fuzz.py
+
+soak: $(INSTALLED)
+	$(BIN)/python -m wtacrs_fx.benchmarks.soak
+
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

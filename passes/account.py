@@ -33,14 +33,17 @@ def build_ledger(
     for decision in plan:
         site = decision.site
         source = decision.base.name
+        mean = [done.means[decision.group]] if decision.group in done.means else []
         before, after, reason = exact_bytes.get(source, 0), now_bytes.get(source, 0), decision.reason
         if decision.group in first_of:  # bytes are counted once, at the first site
             before = after = 0
-            reason = reason or f"shared with {first_of[decision.group]}"
+            shared = f"shared with {first_of[decision.group]}"
+            reason = f"{shared}; {reason}" if reason.startswith("norms: ") else reason or shared
         elif decision.action is Action.LATE:
-            after += sum(storages([done.norms[decision.group]]).values())
+            after += sum(storages([done.norms[decision.group], *mean]).values())
         elif decision.action is Action.EARLY:
-            after = sum(storages(done.draws[decision.group]).values())
+            kept = done.draws[decision.group]
+            after = sum(storages((*kept.stored, kept.index, *mean)).values())
         first_of.setdefault(decision.group, site.module)
         rows = _size(site.activation.rows)
         entries.append(
@@ -55,6 +58,7 @@ def build_ledger(
                 bytes_now=after,
                 decision=decision.action.value,
                 reason=reason,
+                bits=decision.form.bits if decision.form and decision.action is Action.EARLY else None,
             )
         )
     return Ledger(tuple(entries), sum(storages(exact, weights).values()), sum(storages(now, weights).values()))

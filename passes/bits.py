@@ -15,11 +15,12 @@ from wtacrs_fx.passes.kinds import Kind, draws
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounding
 from wtacrs_fx.passes.sites import module_of
+from wtacrs_fx.private import OpOverload
 from wtacrs_fx.rounding import Format
 
 aten = torch.ops.aten
 
-_RANGES: Mapping[torch._ops.OpOverload, tuple[float, float]] = {
+_RANGES: Mapping[OpOverload, tuple[float, float]] = {
     aten.gelu_backward.default: (-0.1291, 1.1291),
     aten.tanh_backward.default: (0.0, 1.0),
     aten.sigmoid_backward.default: (0.0, 0.25),
@@ -38,6 +39,8 @@ class Substitute:
     """Linear functions of the tensor that the backward then computes from the codes."""
     sources: frozenset[Node]
     """Saved tensors that the backward computes its factors from without."""
+    noise: float = 0.0
+    """As of :class:`wtacrs_fx.passes.round.Rounding`."""
 
 
 def substitutes(
@@ -54,9 +57,11 @@ def substitutes(
     for r in roundings:
         lineages = [ancestry(f.operand, kinds) for f in r.factors]
         replaced = {n for lineage in lineages for n in lineage[: lineage.index(r.tensor)]}
-        mapped = (frozenset(nodes[n.name] for n in found if n.name in nodes) for found in (replaced, sources(r, saved)))
+        here, before = (
+            frozenset(nodes[n.name] for n in found if n.name in nodes) for found in (replaced, sources(r, saved))
+        )
         if r.tensor.name in nodes:
-            result.append(Substitute(nodes[r.tensor.name], r.bytes, *mapped))
+            result.append(Substitute(nodes[r.tensor.name], r.bytes, here, before, r.noise))
     return result
 
 
@@ -66,7 +71,7 @@ def rows_or_bits(plan: Sequence[Decision], config: Config) -> list[Decision]:
     assert config.round_bits is not None
     new = []
     for d in plan:
-        bits = 8 * d.site.activation.value.dtype.itemsize * config.ratio
+        bits = (d.form.bits if d.form else 8 * d.site.activation.value.dtype.itemsize) * d.ratio
         cheaper = d.action is Action.EARLY and config.round_bits < bits and config.late == "sample"
         new.append(d.to(Action.LATE, "") if cheaper else d)
     return new
@@ -105,19 +110,24 @@ def worthwhile(roundings: Sequence[Rounding], before: Collection[str], after: Co
         roundings: what was tried.
         before, after: names of the tensors (view bases) saved without them and with them.
     """
-    groups: list[tuple[list[Rounding], set[Node]]] = []
-    for rounding in roundings:
-        members, found = [rounding], sources(rounding, before)
+    kept = paying([(r.tensor, r.bytes, sources(r, before)) for r in roundings], after)
+    return [r for r in roundings if r.tensor in kept]
+
+
+def paying(tried: Iterable[tuple[Node, int, Collection[Node]]], after: Collection[str]) -> set[Node]:
+    """As :func:`worthwhile`, for (tensor, bytes added, tensors that it may relieve the backward of)."""
+    groups: list[tuple[list[tuple[Node, int]], set[Node]]] = []
+    for tensor, added, relieved in tried:
+        members, found = [(tensor, added)], set(relieved)
         for group in [g for g in groups if g[1] & found]:
             groups.remove(group)
             members, found = group[0] + members, group[1] | found
         groups.append((members, found))
     kept: set[Node] = set()
     for members, found in groups:
-        cost = sum(r.bytes for r in members)
-        if cost < sum(buffer_bytes(n) for n in found if n.name not in after):
-            kept |= {r.tensor for r in members}
-    return [r for r in roundings if r.tensor in kept]
+        if sum(added for _, added in members) < sum(buffer_bytes(n) for n in found if n.name not in after):
+            kept |= {tensor for tensor, _ in members}
+    return kept
 
 
 def sources(rounding: Rounding, saved: Collection[str]) -> set[Node]:

@@ -2,12 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch.fx import Graph, GraphModule
-from torch.utils._pytree import tree_leaves
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
@@ -16,14 +16,19 @@ from wtacrs_fx.passes.cost import Roofline, flops, roofline
 from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.liveness import module_timeline
 from wtacrs_fx.passes.planner import Planner
-from wtacrs_fx.passes.plans import Plan
+from wtacrs_fx.passes.plans import CLOSE, Plan, quietest
 from wtacrs_fx.passes.segments import find_segments
 from wtacrs_fx.passes.sites import primals
+from wtacrs_fx.private import tree_leaves
 from wtacrs_fx.units import format_bytes, parse_bytes
 
 Partition = tuple[GraphModule, GraphModule]
+T = TypeVar("T")
 
 _REGION = getattr(torch.fx.traceback, "MEMORY_BUDGET_ANNOTATION_KEY", "_region_activation_memory_budget")
+
+NO_GAIN = "every plan takes more memory than exact training; memory_budget=None samples for time"
+"""Why sites stay exact with ``memory_budget="auto"``."""
 
 MIN_SHARE = 1e-6
 """For a share of 0, which means as little as there can be."""
@@ -117,6 +122,15 @@ class Goal:
             return planner.least_peak(self.seconds)
         return planner.keep if planner.keep.peak <= self.peak else planner.fastest(int(self.peak))
 
+    def best(self, found: Iterable[T], reached: Callable[[T], Prediction], noise: Callable[[T], float]) -> T:
+        """The one of least rank; of those that serve the goal nearly as well, the one of least rounding noise."""
+        ranks = [(self.rank(reached(f)), f) for f in found]
+        least = min(rank[0] for rank, _ in ranks)
+        met = [(rank, f) for rank, f in ranks if rank[0] == least]
+        best = quietest(met, lambda ranked: ranked[0][1:], lambda ranked: noise(ranked[1]))
+        assert best is not None
+        return best[1]
+
     def rank(self, reached: "Prediction | Plan") -> tuple[float, float, float]:
         """What is better has a lower rank: by what the goal is missed; then what it asks to be least, and the other one."""
         peak, seconds = float(reached.peak), reached.seconds
@@ -126,10 +140,16 @@ class Goal:
         """By which share of the goal something is above it; not positive where it is met."""
         return max(reached.peak / self.peak, reached.seconds / self.seconds) - 1
 
-    def tighter(self, by: float) -> "Goal":
-        """A goal lower by a share; of a goal that was missed by more than all of it, next to nothing is left."""
-        share = max(1 - by, MIN_SHARE)
-        return Goal(self.peak * share, self.seconds * share)
+    def after(self, planned: Plan, reached: Prediction) -> "Goal":
+        """What to plan for so that this goal is met, if results differ from plans by the factor by which ``reached`` differs
+        from ``planned``. (A plan whose result has missed this goal misses the new one.)"""
+        return Goal(self.peak * planned.peak / reached.peak, self.seconds * planned.seconds / reached.seconds)
+
+
+def no_larger(reached: Prediction, exact: Prediction) -> bool:
+    """Whether a partition takes no more memory than the exact one, as far as predictions can tell: at the peak of
+    activations, and at that of all that the step allocates."""
+    return reached.peak <= CLOSE * exact.peak and reached.allocated <= CLOSE * exact.allocated
 
 
 def take_region_budget(graph: Graph, config: Config) -> Config:
@@ -161,7 +181,7 @@ def take_region_budget(graph: Graph, config: Config) -> Config:
     return replace(config, memory_budget=max(shares[0], MIN_SHARE))
 
 
-def report_miss(reached: Plan | Prediction, held: int, exact: Prediction, config: Config, fixed: bool) -> None:
+def report_miss(reached: Prediction, held: int, exact: Prediction, config: Config, fixed: bool) -> None:
     """Say that the budget cannot be met, and what holds the memory.
 
     Args:

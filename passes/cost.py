@@ -11,13 +11,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.passes.policy import hint
+from wtacrs_fx.private import OpOverload
 
 aten = torch.ops.aten
 
 
 def flops(node: Node) -> int:
     """Floating-point operations of a matrix product, convolution or fused attention; 0 for anything else."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return 0
     packet = node.target.overloadpacket
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # not among torch's formulas
@@ -74,7 +75,7 @@ def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
         return Roofline(flops=1.0e11, bandwidth=1.5e10, launch=3.0e-5)
     if not torch.cuda.is_available():
         return Roofline(flops=6.0e14 if dtype.itemsize == 2 else 3.0e14, bandwidth=2.6e12, launch=1.0e-5)
-    from torch._inductor.utils import get_device_tflops, get_gpu_dram_gbps
+    from wtacrs_fx.private import get_device_tflops, get_gpu_dram_gbps
 
     return Roofline(0.7e12 * get_device_tflops(dtype), 0.8e9 * get_gpu_dram_gbps(), launch=1.0e-5)
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
+
+from wtacrs_fx.private import FakeTensorMode, enable_python_dispatcher
 
 _COPIED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "fwd_source_fn_stack", "seq_nr", "custom")
 
@@ -38,7 +38,7 @@ class Emitter:
     def inline(self, function: Callable[..., Any], *nodes: Node) -> Any:
         """The operations of a function of tensors, traced and decomposed as AOTAutograd does it. Returns the nodes of its
         results, in the function's own structure."""
-        from torch._inductor.compile_fx import select_decomp_table
+        from wtacrs_fx.private import select_decomp_table
 
         with fake_mode_of(self.like):
             traced = make_fx(function, decomposition_table=select_decomp_table())(*(n.meta["val"] for n in nodes))

@@ -118,7 +118,7 @@ class _Rewriter:
                 self.called[product.node, columns] = call
                 return both
         name = f"{self.path}.{len(self.samplers)}"
-        self.samplers.append(RowSampler(self.config, columns).train(self.gm.training))
+        self.samplers.append(RowSampler(self.config, columns, product.module).train(self.gm.training))
         weight = partner if isinstance(partner, Node) else self.graph.get_attr(partner)
         call = self.graph.call_module(name, (operand, weight))
         both = (

@@ -6,9 +6,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.errors import InvariantError
+from wtacrs_fx.passes.kinds import ancestors
 from wtacrs_fx.passes.policy import Action, Decision
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import is_saved, saved_tensors
+from wtacrs_fx.private import OpOverload
 
 wtacrs = torch.ops.wtacrs
 
@@ -21,7 +23,8 @@ def check_partition(
     - the random op runs in the forward and never in the backward;
     - no ``select_rows`` runs in both graphs;
     - for every early draw the tensors saved are the kept rows (k of them) and their indices, each produced by the forward;
-    - every early product of the backward reads those rows, so that it does not need the source [M, D].
+    - every early product of the backward reads those rows, or computes them from nothing but their codes and scales, so that
+      it does not need the source [M, D].
 
     Raises:
         InvariantError: naming the node and the module. A wrong graph is never returned.
@@ -40,22 +43,29 @@ def check_partition(
         if decision.action is not Action.EARLY:
             continue
         module = decision.site.module
-        kept, rows = done.draws[decision.group]
-        for end in (kept, rows):
+        kept = done.draws[decision.group]
+        for end in (*kept.stored, kept.index):
             if end.name not in placeholders:
                 raise InvariantError(f"wtacrs: {end.name} of {module} is not among the tensors saved for the backward.")
         operand = decision.site.activation
         dim = operand.dim - operand.value.dim()
-        if kept.meta["val"].shape[dim] != decision.k or rows.meta["val"].shape[-1] != decision.k:
-            raise InvariantError(f"wtacrs: {module} keeps {kept.meta['val'].shape}, expected {decision.k} rows.")
+        shape = kept.rows.meta["val"].shape
+        if shape[dim] != decision.k or kept.index.meta["val"].shape[-1] != decision.k:
+            raise InvariantError(f"wtacrs: {module} keeps {shape}, expected {decision.k} rows.")
         product = nodes.get(done.products[decision.site.node].name)
-        if product is None or kept.name not in {_through_transpose(a).name for a in product.args}:
+        operands = {n.name: n for a in product.args for n in (a, _through_transpose(a))} if product else {}
+        rows = operands.get(kept.rows.name)
+        if rows is None:
             raise InvariantError(f"wtacrs: the weight gradient of {module} does not read its kept rows.")
+        if rows.op != "placeholder":
+            sources = {n.name for n in ancestors([rows]) if n.op == "placeholder"}
+            if sources != {n.name for n in kept.stored}:
+                raise InvariantError(f"wtacrs: the kept rows of {module} are computed from {sorted(sources)}.")
     if len(saved) != len([n for n in placeholders.values() if is_saved(n)]):
         raise InvariantError("wtacrs: the forward and the backward disagree about the number of saved tensors.")
 
 
-def _calls(graph: Graph, target: torch._ops.OpOverload) -> set[str]:
+def _calls(graph: Graph, target: OpOverload) -> set[str]:
     return {n.name for n in graph.find_nodes(op="call_function", target=target)}
 
 

@@ -1,16 +1,18 @@
 """A joint graph as AOTAutograd gives it: which of its inputs are parameters, a copy of it, and torch's cut through it."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch._functorch import config as functorch_config
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import Graph, GraphModule, Node
-from torch.fx._lazy_graph_module import _make_graph_module
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.names import Argument
 from wtacrs_fx.passes.budget import Partition
-from wtacrs_fx.passes.sites import gradient_outputs, primals
+from wtacrs_fx.passes.sites import Site, gradient_outputs, primals
+from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
 
 
 def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
@@ -32,10 +34,39 @@ def parameter_names(graph: Graph, names: Sequence[str | None]) -> dict[Node, str
     result = {}
     for i, node in enumerate(primals(graph)):
         name = names[i] if i < len(names) else None
+        name = None if isinstance(name, Argument) else name
         name = name or getattr(node.meta.get("desc"), "target", None)
         if name:
             result[node] = name
     return result
+
+
+def padding_placeholder(
+    graph: Graph, names: Sequence[str | None], padding: str | None, sites: Sequence[Site]
+) -> Node | None:
+    """The placeholder of the batch argument that the option ``padding`` names; None without the option, or without sites. Warns
+    if it is about the rows of none of them.
+
+    Raises:
+        ValueError: the graph has no such input; the batch arguments it has are listed.
+    """
+    if padding is None or not sites:
+        return None
+    arguments = {str(name): node for name, node in zip(names, primals(graph)) if isinstance(name, Argument)}
+    if padding not in arguments:
+        raise ValueError(
+            f"padding={padding!r}: no such argument of the model. Those of this graph are {', '.join(arguments) or 'unnamed'}; "
+            "behind a graph break only what is passed on by its name can be used."
+        )
+    mask = arguments[padding]
+    if not any(statically_known_true(mask.meta["val"].numel() == site.activation.rows) for site in sites):
+        warnings.warn(
+            f"wtacrs: padding={padding!r} has the shape {tuple(mask.meta['val'].shape)}, and no linear layer of this graph has "
+            "that many rows: it has no effect here. Expected one element per row, [batch, sequence].",
+            WtacrsWarning,
+            stacklevel=2,
+        )
+    return mask
 
 
 def cutter(
@@ -66,4 +97,4 @@ def copy_joint(joint: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
     output = joint.graph.output_node()
     new_output = graph.output(graph.graph_copy(joint.graph, env))
     new_output.meta.update(output.meta)
-    return _make_graph_module(joint, graph), env
+    return make_graph_module(joint, graph), env

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch._inductor import config as inductor_config
 from torch.fx import Node
 
 from wtacrs_fx.passes.cost import Roofline, flops, launches
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import hint, is_view, view_base
+from wtacrs_fx.private import OpOverload, inductor_config
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -115,7 +115,7 @@ def is_library_call(node: Node) -> bool:
     """Whether Inductor computes the node outside of its own kernels, from and to memory."""
     if node.op != "call_function" or node.target is operator.getitem or is_view(node):
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool))
     if node.target in REDUCTIONS or node.target in _POINTWISE:
         return False

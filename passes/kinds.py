@@ -4,8 +4,9 @@ from collections.abc import Callable, Collection, Iterable
 from enum import IntEnum
 
 import torch
-import torch._inductor.inductor_prims  # (registers torch.ops.prims.inductor_random and its seeds)
 from torch.fx import Graph, Node
+
+from wtacrs_fx.private import OpOverload, inductor_prims  # noqa: F401  (registers torch.ops.prims.inductor_random and its seeds)
 
 
 class Kind(IntEnum):
@@ -53,7 +54,7 @@ def draws(node: Node) -> bool:
     """Whether running the node twice gives two results. Fused attention without dropout bears the tag and draws nothing."""
     if node.target is torch.ops.prims.inductor_seeds.default:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     if "scaled_dot_product" not in node.target.name():
         return True

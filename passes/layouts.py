@@ -31,7 +31,7 @@ def relaid_weights(forward: GraphModule, weights: Collection[str]) -> set[str]:
 
 def _changes_layouts(forward: GraphModule) -> bool:
     """Inductor's own decision."""
-    from torch._inductor.graph import GraphLowering
+    from wtacrs_fx.private import GraphLowering
 
     return GraphLowering.decide_layout_opt(forward, is_inference=False)
 

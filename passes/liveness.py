@@ -75,7 +75,7 @@ def timeline(
     for node, i in last.items():
         if node in alive and node not in returned:
             dies[i].append(node)
-    takes = [_taken_over(g, d, facts) for g, d in zip(groups, dies)]
+    takes = [_taken_over(g, [n for n in d if n not in given], facts) for g, d in zip(groups, dies)]
     early = {taken for t in takes for new, taken in t.items() if new in stays}
     live = sum(map(facts.bytes, given))
     resident = 0
@@ -91,7 +91,7 @@ def timeline(
     held = [0] * len(groups)
     if reuse:
         new = [[k for k in group if k.node not in take] for group, take in zip(real, takes)]
-        freed = [[n for n in dying if n not in take.values()] for dying, take in zip(dies, takes)]
+        freed = [[n for n in d if n not in take.values() and n not in given] for d, take in zip(dies, takes)]
         held = _held_for_reuse(new, freed, estimate, facts)
     result = Timeline()
     for group, a, b, c in zip(real, lives, residents, held):
@@ -141,7 +141,7 @@ def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) 
         if kernel.library or kernel.internal or copied or not kernel.size or facts.reduction(kernel.node):
             continue
         for node in dying:
-            ours = node.op == "call_function" and facts.bytes(node) == kernel.size and node not in taken.values()
+            ours = facts.bytes(node) == kernel.size and node not in taken.values()
             if ours and readers.get(node) == [kernel] and _key(node, facts) == _key(kernel.node, facts):
                 taken[kernel.node] = node
                 break
@@ -166,7 +166,7 @@ def _held_for_reuse(
                     held[j] += kernel.size
                     estimate[j] += kernel.size
         for node in dying:
-            if facts.bytes(node) and node.op == "call_function":
+            if facts.bytes(node):
                 pool.setdefault(_key(node, facts), []).append(i)
     return held
 

@@ -4,11 +4,11 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from wtacrs_fx.passes.policy import is_view
+from wtacrs_fx.private import OpOverload
 
 _IN_PLACE = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 _IN_PLACE |= {operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem}

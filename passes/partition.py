@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
@@ -18,6 +17,7 @@ from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import decide
 from wtacrs_fx.passes.summary import ledger_of
 from wtacrs_fx.passes.work import Work
+from wtacrs_fx.private import use_lazy_graph_module
 from wtacrs_fx.roomy import collector_paused, roomy
 
 
@@ -69,7 +69,7 @@ def partition(
 @contextlib.contextmanager
 def many_graphs() -> Iterator[None]:
     """Make no code for modules that are never run, and pause Python's garbage collector."""
-    with collector_paused(), _use_lazy_graph_module(True):
+    with collector_paused(), use_lazy_graph_module(True):
         yield
 
 

@@ -20,16 +20,16 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch.fx import Graph, Node
 
-from wtacrs_fx.passes.bits import Substitute
+from wtacrs_fx.passes.bits import Substitute, paying
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.kinds import draws, is_drawn_mask
 from wtacrs_fx.passes.liveness import Timeline, timeline
-from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, results_of
+from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, quietest, results_of
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import JointOrder
 from wtacrs_fx.passes.segments import Segment, forward_nodes, merge
@@ -85,21 +85,28 @@ class Planner:
         outputs = graph_outputs(graph)
         self.outputs = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
         self.gradients = {view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)}
+        self.position = {n: i for i, n in enumerate(self.forward)}
         self.facts, self.order = Facts(), JointOrder(graph, num_fwd_outputs)
         self.substitutes: dict[Node, list[Substitute]] = {}
         self._tables: dict[int, Table] = {}
         self._pool: list[Plan] = []
+        self._kept: dict[frozenset[Substitute], Run] = {}
         self._open: list[int] = []
 
     def rounding(self, substitutes: Iterable[Substitute]) -> "Planner":
-        """The same planner with one choice more: a segment's tensors in few bits. Nothing that it recomputes is rounded."""
+        """The same planner with one choice more: a segment's tensors in few bits. Nothing that it recomputes is rounded, and
+        nothing whose codes would be held beside what it is computed from, because something else needs that."""
+        tried = list(substitutes)
+        replaced = {n for s in tried for n in s.replaced}
+        reads = self.order.backward((self.saved - replaced) | {s.tensor for s in tried}).reads
+        whole = {n.name for n in reads - {view_base(s.tensor) for s in tried}}
+        pay = paying([(s.tensor, s.bytes, s.sources) for s in tried], whole)
         other = copy.copy(self)
         other.substitutes, other._tables, other._pool = {}, {}, []
-        position = {n: i for i, n in enumerate(self.forward)}
-        for s in substitutes:
-            places = [n for n in (s.tensor, *s.sources) if n in position]
-            if places:
-                other.substitutes.setdefault(max(places, key=position.__getitem__), []).append(s)
+        for s in tried:
+            places = [n for n in (s.tensor, *s.sources) if n in self.position]
+            if places and s.tensor in pay:
+                other.substitutes.setdefault(max(places, key=self.position.__getitem__), []).append(s)
         return other
 
     def simulate(self, choices: Sequence[Choice]) -> Plan:
@@ -108,11 +115,25 @@ class Planner:
 
     def _judge(self, choices: Sequence[Choice], run: Run) -> Plan:
         line, given, again, facts = run
-        forward = timeline(self.forward, (), self.outputs | given, facts=facts)
-        seconds = line.seconds(self.roofline, facts) + forward.seconds(self.roofline, facts)
+        forward, forward_peak = self._forward(choices, given)
+        seconds = line.seconds(self.roofline, facts) + forward.seconds(self.roofline, self.facts)
         seconds += sum(map(self._rounding_seconds, choices))
         held = sum(map(facts.bytes, given))
-        return Plan(tuple(choices), max(line.activation_peak, forward.peak), seconds, held, frozenset(again))
+        return Plan(tuple(choices), max(line.activation_peak, forward_peak), seconds, held, frozenset(again))
+
+    def _forward(self, choices: Sequence[Choice], given: Collection[Node]) -> tuple[Timeline, int]:
+        """The forward's timeline, and its peak: with the codes of each rounded tensor from where it is made, and the tensor
+        itself until its last reader there."""
+        codes = {s: self.position[n] for n, found in self.substitutes.items() for s in found}
+        made = [(codes[s], s.bytes) for c in choices for s in c.rounded]
+        whole = handed_on(choices) | {view_base(n) for c in choices for n in c.kept}
+        gone = {view_base(s.tensor) for c in choices for s in c.rounded} - whole
+        line = timeline(self.forward, (), self.outputs | (set(given) - gone), facts=self.facts)
+        live = [
+            live + sum(size for place, size in made if place <= self.position[kernel.node])
+            for kernel, live in zip(line.kernels, line.live)
+        ]
+        return line, max(live, default=0)
 
     @functools.cached_property
     def keep(self) -> Plan:
@@ -124,7 +145,7 @@ class Planner:
         while self._targets() and self._open[-1] <= peak:  # a plan for a tighter target may be the fastest for this one
             self._search(self._open.pop())
         self._search(peak)
-        return min((p for p in self._pool if p.peak <= peak), key=lambda p: (p.seconds, p.peak), default=None)
+        return self._best((p for p in self._pool if p.peak <= peak), lambda p: (p.seconds, p.peak))
 
     def least_peak(self, seconds: float) -> Plan:
         """The plan of least predicted peak whose predicted time is at most ``seconds`` (nothing recomputed if none is)."""
@@ -133,9 +154,11 @@ class Planner:
             if best <= self._open[-1]:
                 break  # what was not searched yet is for higher peaks
             self._search(self._open.pop())
-        return min(
-            (p for p in self._pool if p.seconds <= seconds), key=lambda p: (p.peak, p.seconds), default=self.keep
-        )
+        return self._best((p for p in self._pool if p.seconds <= seconds), lambda p: (p.peak, p.seconds)) or self.keep
+
+    def _best(self, plans: Iterable[Plan], rank: Callable[[Plan], tuple[float, ...]]) -> Plan | None:
+        """Of least rank; where some plans round and others do as well without, the quieter one."""
+        return quietest(plans, rank, operator.attrgetter("noise"))
 
     def _targets(self) -> list[int]:
         """Peaks that were not searched yet, the lowest one last. Whatever was simulated is in the pool."""
@@ -172,7 +195,7 @@ class Planner:
         kept: tuple[Node, ...] = ()
         for tensors in self._worth_keeping(segment):
             kept += tensors
-            inside -= {n for t in tensors for n in (t, t.args[0]) if n is t or t.target is operator.getitem}
+            inside -= {n for t in tensors for n in (t, *t.args[:1]) if n is t or t.target is operator.getitem}
             result.append(Choice(segment, inside, kept))
         return result
 
@@ -203,7 +226,7 @@ class Planner:
                 alike.append([self._rounded(o[0]) for o in options])
             table: Table = [[] for _ in options]
             for uniform in alike:
-                run = self._run(uniform, False)  # what is kept for reuse fills up room that there is
+                run = self._uniform(uniform)
                 if uniform is not alike[0] and not self.reuse:
                     self._pool.append(self._judge(uniform, run))
                 for row, choice, costs in zip(table, uniform, self._costs(uniform, run)):
@@ -211,6 +234,16 @@ class Planner:
                         row.append((choice, costs))
             self._tables[size] = table
         return self._tables[size]
+
+    def _uniform(self, choices: Sequence[Choice]) -> Run:
+        """A simulation in which all segments choose alike. (What is kept for reuse fills up room that there is.) Where nothing
+        is recomputed it is the same for every granularity."""
+        if any(c.recomputed for c in choices):
+            return self._run(choices, False)
+        rounded = frozenset(s for c in choices for s in c.rounded)
+        if rounded not in self._kept:
+            self._kept[rounded] = self._run(choices, False)
+        return self._kept[rounded]
 
     def _rounded(self, keep: Choice) -> Choice:
         """What is kept in few bits, where it can be; the same choice where nothing can."""

@@ -1,8 +1,9 @@
 """A plan of what the backward computes again: a choice per segment, and how choices are combined."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch.fx import Node
 
@@ -10,6 +11,12 @@ from wtacrs_fx.passes.bits import Substitute
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.segments import Segment
+
+T = TypeVar("T")
+
+CLOSE = 1.01
+"""Plans within this factor of the best one count as equally good, and of those the one of least noise is taken: predictions
+are not better than that, and noise is what training pays for."""
 
 STATES = 256
 """Distinct values of bytes held that the dynamic program tells apart per segment."""
@@ -64,10 +71,25 @@ class Plan:
         return frozenset(s.tensor for c in self.choices for s in c.rounded)
 
     @property
+    def noise(self) -> float:
+        """Of what is rounded, summed; 0 if nothing is."""
+        return sum(s.noise for c in self.choices for s in c.rounded)
+
+    @property
     def starts(self) -> dict[Node, str]:
         """Tensors from which recomputation starts -> what for."""
         kept = {view_base(n): "recomputation" for c in self.choices for n in c.kept}
         return kept | dict.fromkeys(handed_on(self.choices), "recomputation of the next segment")
+
+
+def quietest(found: Iterable[T], rank: Callable[[T], tuple[float, ...]], noise: Callable[[T], float]) -> T | None:
+    """Of what is nearly as good as the best in the first component of its rank (:data:`CLOSE`), the one of least noise, and
+    of these the one of least rank. None if nothing was found."""
+    known = [(rank(f), noise(f), i, f) for i, f in enumerate(found)]
+    if not known:
+        return None
+    limit = CLOSE * min(ranked[0] for ranked, *_ in known)
+    return min((k for k in known if k[0][0] <= limit), key=lambda k: (k[1], k[0], k[2]))[-1]
 
 
 def combine(table: Table, peak: int) -> tuple[float, list[Choice]] | None:

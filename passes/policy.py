@@ -6,13 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.sites import Site
+from wtacrs_fx.rounding import Format, written_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -20,6 +23,9 @@ MIN_LATE_WIDTH = 128
 """A late site reads H and G once more for their norms (2 FLOPs an element) to save ``1 - ratio`` of a product with
 2 * width FLOPs an element. Where it saves no bytes either, a product narrower than this on one side (LoRA's) stays exact."""
 
+
+ALL_ROWS = "ratio 1 keeps every row"
+NO_RATIO = "ratio has no pattern for it"
 
 REARRANGED = "wtacrs_rearranged"
 """Key in ``meta`` of a tensor that holds the numbers of another one in another order; the value is that node."""
@@ -47,6 +53,10 @@ class Decision:
     """Rows kept; 0 if exact."""
     group: tuple = ()
     """Sites of equal group read the same tensor; early ones share one draw."""
+    ratio: float = 1.0
+    """Share of rows kept."""
+    form: Format | None = None
+    """How kept rows are stored if they are chosen in the forward; None: as they are."""
 
     @property
     def base(self) -> Node:
@@ -65,10 +75,49 @@ def decide(sites: Sequence[Site], config: Config) -> list[Decision]:
     plan = []
     for site in sites:
         first = Action.LATE if config.late == "sample" and not site.is_attention else Action.EARLY
-        reason = _why_exact(site, config)
-        k = 0 if reason else rows_kept(site.activation.rows, config.ratio)
-        plan.append(Decision(site, Action.EXACT if reason else first, reason, k, draw_group(site)))
-    return plan
+        reason, group = _why_exact(site, config), draw_group(site)
+        ratio = 1.0 if reason else config.ratio_of(site.module) or 1.0
+        action = Action.EXACT if reason else first
+        if action is Action.EARLY and not site.is_attention:
+            reason = _early_reason(config)
+        plan.append(Decision(site, action, reason, 0, group, ratio))
+    return share_ratios(plan, config)
+
+
+def share_ratios(plan: Sequence[Decision], config: Config) -> list[Decision]:
+    """Rows kept. Sites of one group share one draw: its ratio is the largest of theirs; where that is 1 they stay exact."""
+    ratios: dict[tuple, float] = {}
+    for d in plan:
+        if d.action is not Action.EXACT:
+            ratios[d.group] = max(ratios.get(d.group, 0.0), d.ratio)
+    new = []
+    for d in plan:
+        if d.action is not Action.EXACT and (ratio := ratios[d.group]) < 1:
+            k, form = _rows_and_format(d.site, rows_kept(d.site.activation.rows, ratio), config)
+            d = replace(d, ratio=ratio, k=k, form=form)
+        elif d.action is not Action.EXACT:
+            d = d.to(Action.EXACT, ALL_ROWS)
+        new.append(d)
+    return new
+
+
+def _rows_and_format(site: Site, k: Any, config: Config) -> "tuple[int | torch.SymInt, Format | None]":
+    form = row_format(site, k, config)
+    if form is not None and (missing := -k % (8 // form.bits)) and k + missing <= site.activation.rows:
+        k += missing  # rows come out even on bytes
+    return k, form
+
+
+def row_format(site: Site, k: "int | torch.SymInt", config: Config) -> Format | None:
+    """How k kept rows of a site are stored: in ``row_bits``, of attention's operands (small differences of large numbers) in
+    twice as many; None, as they are, where that would take no fewer bytes or the sizes or the type are not fit for it."""
+    value = site.activation.value
+    narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if config.row_bits is None or not k or not narrow or not all(isinstance(n, int) for n in (k, *value.shape)):
+        return None
+    form = Format(min(8, 2 * config.row_bits) if site.is_attention else config.row_bits, scale_bits=16)
+    shape = (hint(k), hint(site.activation.width))
+    return form if written_bytes(shape, form) < shape[0] * shape[1] * value.dtype.itemsize else None
 
 
 def settle(
@@ -102,7 +151,7 @@ def settle(
             if decision.base.name not in saved:
                 decision = decision.to(Action.LATE, "input recomputed at the kept rows")
             elif op is None:
-                decision = decision.to(Action.EARLY, "")
+                decision = decision.to(Action.EARLY, _early_reason(config))
             else:
                 decision = _in_memory(decision, f"input also needed by {op}", config)
         new.append(decision)
@@ -193,6 +242,11 @@ def hint(size: "int | torch.SymInt") -> int:
     return int(size)
 
 
+def is_unbacked(size: "int | torch.SymInt") -> bool:
+    """Whether a size is known only when the graph runs, since it depends on the values of tensors."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
 def is_view(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.arguments:
@@ -201,11 +255,18 @@ def is_view(node: Node) -> bool:
     return (info is not None and not info.is_write) or node.target is torch.ops.aten._unsafe_view.default
 
 
+def _early_reason(config: Config) -> str:
+    """What an early site's importance comes from, where that is not the input's norms alone."""
+    return "" if config.norms == "activation" else f"norms: {config.norms_kind}"
+
+
 def _why_exact(site: Site, config: Config) -> str:
     value = site.activation.value
     nbytes = hint(value.numel()) * value.dtype.itemsize
     if "wtacrs.keep_rows" in str(_producer(view_base(site.activation.source)).target):
         return "rows kept by rewrite()"
+    if is_unbacked(site.activation.rows):  # as many rows as a router sends to an expert, perhaps none
+        return "number of rows depends on data"
     reason = excluded(site.module, config) or too_small(hint(site.activation.rows), nbytes, config)
     return reason or ("meta tensor" if value.device.type == "meta" else "")
 
@@ -224,7 +285,8 @@ def excluded(module: str, config: Config) -> str:
         return f"excluded by {matches[0]!r}"
     if not any(fnmatch.fnmatchcase(module, p) for p in config.include):
         return "not in include"
-    return "ratio 1 keeps every row" if config.ratio == 1 else ""
+    ratio = config.ratio_of(module)
+    return NO_RATIO if ratio is None else ALL_ROWS if ratio == 1 else ""
 
 
 def too_small(rows: int, nbytes: int, config: Config) -> str:

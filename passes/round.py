@@ -13,6 +13,7 @@ The rounded tensors are computed in the forward and handed to the backward by co
 made twice. What the tensor is computed from is then not needed any more, and the partitioner does not save it.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -51,6 +52,11 @@ class Rounding:
     def bytes(self) -> int:
         """Of codes and scales."""
         return written_bytes(self.shape, self.form)
+
+    @property
+    def noise(self) -> float:
+        """Mean squared error of the tensor, summed over its elements, in squares of its range: s^2 / 6 for a step s."""
+        return math.prod(self.shape) / (6 * self.form.levels**2)
 
     def without(self, readers: Collection[Node]) -> "Rounding":
         """The same for other readers only."""
@@ -118,26 +124,39 @@ def _compute_early(graph: Graph, tensor: Node, draws: Draws) -> Node:
 def _write(graph: Graph, tensor: Node, rounding: Rounding, draws: Draws) -> tuple[Node, ...]:
     """Codes and scales, made in the forward; returns the backward's."""
 
-    def function(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        return quantise(x.permute(rounding.order), key, rounding.form)
-
-    seed, _ = draws.seed(tensor)
     with draws.behind(tensor):
         emit = Emitter(graph, tensor, tag="must_be_in_forward")
-        written: Sequence[Node] = emit.inline(function, tensor, emit(wtacrs.stream_key.default, seed, draws.stream()))
-    return tuple(draws.severed.cut(w) for w in written)
+        return write(emit, tensor, rounding.order, rounding.form, draws)
 
 
 def _read(graph: Graph, env: Mapping[Node, Node], rounding: Rounding, written: Sequence[Node]) -> Node:
     """The rounded tensor, computed in the backward in front of its first reader."""
-    dtype = rounding.tensor.meta["val"].dtype
-    inverse = [rounding.order.index(d) for d in range(len(rounding.order))]
+    with graph.inserting_before(min(env[f.reader] for f in rounding.factors)):
+        emit = Emitter(graph, env[rounding.tensor], tag="must_be_in_backward")
+        return read(emit, written, rounding.tensor.meta["val"], rounding.order, rounding.form)
+
+
+def write(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Draws) -> tuple[Node, ...]:
+    """Codes and scales of a tensor whose dimensions are written in this order, computed in the forward with a key of their
+    own; returns the backward's."""
+
+    def function(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        return quantise(x.permute(order), key, form)
+
+    key = emit(wtacrs.stream_key.default, draws.seed(tensor)[0], draws.stream())
+    written: Sequence[Node] = emit.inline(function, tensor, key)
+    return tuple(draws.severed.cut(w) for w in written)
+
+
+def read(emit: Emitter, written: Sequence[Node], like: Tensor, order: list[int], form: Format) -> Node:
+    """The tensor that :func:`write` has written, with the shape and type of ``like``."""
+    inverse = [order.index(d) for d in range(len(order))]
 
     def function(*written: Tensor) -> Tensor:
-        return dequantise(written, rounding.shape, dtype, rounding.form).permute(inverse)
+        return dequantise(written, [like.shape[d] for d in order], like.dtype, form).permute(inverse)
 
-    with graph.inserting_before(min(env[f.reader] for f in rounding.factors)):
-        return Emitter(graph, env[rounding.tensor], tag="must_be_in_backward").inline(function, *written)
+    result: Node = emit.inline(function, *written)
+    return result
 
 
 def _replay(

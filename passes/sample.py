@@ -10,6 +10,17 @@ Early (rows chosen in the forward, before the cut into forward and backward)::
     permute: f32[O, M] = permute(grad, [1, 0])      index: f32[k, O] = grad[select_rows.0]
     mm: f32[O, D] = mm(permute, view)               mm: f32[O, D] = mm(index.T, rows)
 
+With ``row_bits`` the rows are rounded where they are gathered, and the backward computes them from their codes::
+
+                                                    (forward)   codes, scales = quantise(rows, key)
+                                                    (backward)  rows: f32[k, D] = dequantise(codes, scales)
+
+With ``center_rows`` the mean of the rows is subtracted before, and what it contributes is added exactly::
+
+                                                    mean: f32[1, D] = view.mean(0); centered = view - mean
+                                                    rows: f32[k, D] = centered[select_rows.0] * select_rows.1[:, None]
+                                                    mm: f32[O, D] = mm(index.T, rows) + grad.sum(0)[:, None] * mean
+
 Late: the same in the backward, with ``|view_i| |grad_i|`` as the importance; only the norms of ``view`` come from the
 forward, and ``view[rows]`` is computed from whatever the cut saves.
 
@@ -19,7 +30,6 @@ Attention's products are the same with a leading dimension, and with rows [B, k]
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -27,11 +37,28 @@ from torch.fx import Graph, Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
+from wtacrs_fx.passes.norms import KnownRows
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
-from wtacrs_fx.passes.round import Rounded
+from wtacrs_fx.passes.round import Rounded, read, write
+from wtacrs_fx.passes.rows import as_float32, center, contract, gather, gather_scaled, like, other_dim, row_norms
 from wtacrs_fx.passes.sites import Operand, Site
+from wtacrs_fx.rounding import Format
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A draw of the forward as the backward has it."""
+
+    stored: tuple[Node, ...]
+    """Placeholders: the scaled rows, or their codes and scales."""
+    index: Node
+    """Placeholder: which rows they are."""
+    rows: Node
+    """What products read: the scaled rows."""
+    dim: int
+    """Of ``rows``, along which they are counted."""
 
 
 @dataclass
@@ -40,10 +67,12 @@ class Sampled:
 
     early: int = 0
     late: int = 0
-    draws: dict[tuple, tuple[Node, Node]] = field(default_factory=dict)
-    """Draw group of early sites -> placeholders (rows, row index) that the backward reads."""
+    draws: dict[tuple, Kept] = field(default_factory=dict)
+    """Draw group of early sites -> what is kept of it."""
     norms: dict[tuple, Node] = field(default_factory=dict)
     """Draw group of late sites -> placeholder of the row norms that the backward reads."""
+    means: dict[tuple, Node] = field(default_factory=dict)
+    """Draw group -> placeholder of the mean row that the backward reads, with ``center_rows``."""
     products: dict[Node, Node] = field(default_factory=dict)
     """Site's product in the original graph -> its replacement."""
     rounded: Rounded = field(default_factory=Rounded)
@@ -57,6 +86,7 @@ def sample(
     draws: Draws,
     config: Config,
     rounded: Rounded | None = None,
+    padding: Node | None = None,
 ) -> Sampled:
     """Rewrite every early and late site of the plan; exact ones, and a graph without any, stay as they are.
 
@@ -68,51 +98,105 @@ def sample(
             handed to the backward.
         config: estimator.
         rounded: what was rounded before: late sites read what stands for it.
+        padding: placeholder of the original graph whose zeros mark rows without a gradient.
     """
-    done = Sampled(rounded=rounded or Rounded())
-    rewriter = _Rewriter(graph, env, draws, config, done.rounded.stands_for)
+    done, plan = Sampled(rounded=rounded or Rounded()), list(plan)
+    readers: dict[tuple, list[Node]] = {}
+    for decision in plan:
+        if decision.action is Action.EARLY:
+            readers.setdefault(decision.group, []).append(env[decision.site.node])
+    known = KnownRows(draws, plan, env, config, padding)
+    rewriter = _Rewriter(graph, env, draws, config, done.rounded.stands_for, known)
     for decision in plan:
         if decision.action is Action.EARLY:
             if decision.group not in done.draws:
-                done.draws[decision.group] = rewriter.keep_rows(decision)
-            done.products[decision.site.node] = rewriter.early(decision, *done.draws[decision.group])
+                done.draws[decision.group] = rewriter.keep_rows(decision, min(readers[decision.group]))
+            done.products[decision.site.node] = rewriter.early(decision, done.draws[decision.group])
             done.early += 1
         elif decision.action is Action.LATE:
             done.products[decision.site.node] = rewriter.late(decision)
             done.late += 1
     done.norms = rewriter.norms
+    done.means = {group: mean for group, (_, mean) in rewriter.means.items()}
     return done
 
 
 class _Rewriter:
     def __init__(
-        self, graph: Graph, env: Mapping[Node, Node], draws: Draws, config: Config, rounded: Mapping[Node, Node]
+        self,
+        graph: Graph,
+        env: Mapping[Node, Node],
+        draws: Draws,
+        config: Config,
+        rounded: Mapping[Node, Node],
+        known: KnownRows,
     ) -> None:
         self.graph, self.env, self.draws, self.config, self.rounded = graph, dict(env), draws, config, rounded
-        self.severed = draws.severed
+        self.severed, self.known = draws.severed, known
         self.norms: dict[tuple, Node] = {}
+        self.means: dict[tuple, tuple[Node, Node]] = {}
         self.matrices: dict[Node, Node] = {}
 
-    def keep_rows(self, decision: Decision) -> tuple[Node, Node]:
-        """Choose and gather rows of H right behind it, in the forward; returns the backward's (rows, row index)."""
+    def keep_rows(self, decision: Decision, first: Node) -> Kept:
+        """Choose and gather rows of H right behind it, in the forward, for products of the backward from ``first`` on."""
         source = self.env[decision.site.activation.source]
         seed, _ = self.draws.seed(source)
         h, dim = self._matrix(decision.site.activation)
-        with self.draws.behind(h):
+        mean, _ = self._mean(decision)
+        with self.draws.behind(h if mean is None else mean):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
-            rows, scale = self._select(emit, _norms(emit, h, dim), seed, decision)
-            kept = _gather_scaled(emit, h, dim, rows, scale)
-        return self.severed.cut(kept), self.severed.cut(rows)
+            h = center(emit, h, mean)
+            importance = self.known.importance(emit, row_norms(emit, h, dim), decision)
+            rows, scale = self._select(emit, importance, seed, decision)
+            kept = gather_scaled(emit, h, dim, rows, scale)
+            if decision.form is None:
+                stored = self.severed.cut(_as_type(emit, kept, decision))
+                return Kept((stored,), self.severed.cut(rows), stored, dim)
+            return self._keep_rounded(emit, kept, dim, rows, decision.form, first)
 
-    def early(self, decision: Decision, kept: Node, rows: Node) -> Node:
+    def _mean(self, decision: Decision) -> tuple[Node | None, Node | None]:
+        """The mean row of H, [1, D] or [D, 1], float32: in the forward, and as the backward reads it."""
+        if not self.config.center_rows or decision.site.is_attention:
+            return None, None
+        if decision.group not in self.means:
+            h, dim = self._matrix(decision.site.activation)
+            with self.draws.behind(h):
+                emit = Emitter(self.graph, h, tag="must_be_in_forward")
+                mean = emit(aten.mean.dim, as_float32(emit, h), [dim], True)
+            self.means[decision.group] = mean, self.severed.cut(mean)
+        return self.means[decision.group]
+
+    def _keep_rounded(self, emit: Emitter, kept: Node, dim: int, rows: Node, form: Format, first: Node) -> Kept:
+        """The same in few bits, with groups along the features of each row; computed from them in front of ``first``."""
+        features = other_dim(kept, dim)
+        order = [d for d in range(kept.meta["val"].dim()) if d not in (dim, features)] + [dim, features]
+        written = write(emit, kept, order, form, self.draws)
+        value = kept.meta["val"].to(emit.like.meta["val"].dtype)
+        with self.graph.inserting_before(first):
+            again = read(Emitter(self.graph, emit.like, tag="must_be_in_backward"), written, value, order, form)
+        return Kept(written, self.severed.cut(rows), again, dim)
+
+    def early(self, decision: Decision, kept: Kept) -> Node:
         """``G^T H`` becomes ``G[rows]^T (scale * H[rows])``."""
         site = decision.site
         node = self.env[site.node]
         with self.graph.inserting_before(node):
             emit = Emitter(self.graph, node, tag="must_be_in_backward")
             g, g_dim = self._matrix(site.gradient)
-            _, dim = self._matrix(site.activation)
-            return self._replace(emit, site, node, (kept, dim), (_gather(emit, g, g_dim, rows), g_dim))
+            rows = self.known.record(emit, decision, g, other_dim(g, g_dim), kept.index)
+            taken = gather(emit, g, g_dim, rows), g_dim
+            part = self._exact_part(emit, decision, kept.dim, g, g_dim)
+            return self._replace(emit, site, node, (kept.rows, kept.dim), taken, part)
+
+    def _exact_part(self, emit: Emitter, decision: Decision, dim: int, g: Node, g_dim: int) -> Node | None:
+        """``(sum_i g_i) mean^T``, what the subtracted mean contributes, in the product's orientation."""
+        _, mean = self._mean(decision)
+        if mean is None:
+            return None
+        total = emit(aten.sum.dim_IntList, as_float32(emit, g), [g_dim], True)
+        first = decision.site.activation_first  # [D, O]: the mean is a column
+        mean, total = contract(emit, mean, dim, to=int(first)), contract(emit, total, g_dim, to=int(not first))
+        return emit(aten.mul.Tensor, mean, total)
 
     def late(self, decision: Decision) -> Node:
         """The same with rows chosen in the backward by ``|h_i| |g_i|``, the importance of least variance."""
@@ -125,10 +209,12 @@ class _Rewriter:
             source = self.env[site.activation.source]
             h, h_dim = self._view(self.rounded.get(source, source), site.activation)
             g, g_dim = self._matrix(site.gradient)
-            importance = emit(aten.mul.Tensor, h_norms, _norms(emit, g, g_dim))
+            importance = emit(aten.mul.Tensor, h_norms, row_norms(emit, g, g_dim))
             rows, scale = self._select(emit, importance, seed, decision)
-            kept = _gather_scaled(emit, h, h_dim, rows, scale)
-            return self._replace(emit, site, node, (kept, h_dim), (_gather(emit, g, g_dim, rows), g_dim))
+            h = center(emit, h, self._mean(decision)[1])
+            kept = _as_type(emit, gather_scaled(emit, h, h_dim, rows, scale), decision)
+            part = self._exact_part(emit, decision, h_dim, g, g_dim)
+            return self._replace(emit, site, node, (kept, h_dim), (gather(emit, g, g_dim, rows), g_dim), part)
 
     def _matrix(self, operand: Operand) -> tuple[Node, int]:
         """The operand without a leading dimension of 1: one view per tensor, on whichever side of the cut it is read."""
@@ -146,8 +232,10 @@ class _Rewriter:
         """Row norms of H [M], taken where H is made: the backward then computes H again at the kept rows only."""
         if decision.group not in self.norms:
             h, dim = self._matrix(decision.site.activation)
-            with self.draws.behind(h):
-                norms = _norms(Emitter(self.graph, h, tag="must_be_in_forward"), h, dim)
+            mean, _ = self._mean(decision)
+            with self.draws.behind(h if mean is None else mean):
+                emit = Emitter(self.graph, h, tag="must_be_in_forward")
+                norms = row_norms(emit, center(emit, h, mean), dim)
             self.norms[decision.group] = self.severed.cut(norms)
         return self.norms[decision.group]
 
@@ -160,61 +248,31 @@ class _Rewriter:
         if isinstance(decision.k, int):
             return decision.k
         rows = emit(aten.sym_size.int, importance, importance.meta["val"].dim() - 1)
-        share = ratio_fraction(self.config.ratio)
+        share = ratio_fraction(decision.ratio)
         scaled = emit(operator.mul, rows, share.numerator)
         return emit(operator.floordiv, emit(operator.add, scaled, share.denominator - 1), share.denominator)
 
-    def _replace(self, emit: Emitter, site: Site, node: Node, h: tuple[Node, int], g: tuple[Node, int]) -> Node:
+    def _replace(
+        self,
+        emit: Emitter,
+        site: Site,
+        node: Node,
+        h: tuple[Node, int],
+        g: tuple[Node, int],
+        part: Node | None = None,
+    ) -> Node:
         left, right = (h, g) if site.activation_first else (g, h)
         rank = left[0].meta["val"].dim()
         target = aten.mm.default if rank == 2 else aten.bmm.default
-        product = emit(target, _contract(emit, *left, to=rank - 1), _contract(emit, *right, to=rank - 2))
-        result = product
+        product = emit(target, contract(emit, *left, to=rank - 1), contract(emit, *right, to=rank - 2))
+        result = product if part is None else like(emit, emit(aten.add.Tensor, part, product), product)
         if node.target is aten.bmm.default and rank == 2:
-            result = emit(aten.unsqueeze.default, product, 0)
+            result = emit(aten.unsqueeze.default, result, 0)
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
         self.env[site.node] = result  # which may be the gradient of the next site, in attention
         return product
 
 
-def _norms(emit: Emitter, matrix: Node, dim: int) -> Node:
-    """Euclidean norm of each row, [M] or [B, M], at least float32 inside whatever the matrix is stored in."""
-    x = _as_float32(emit, matrix)
-    return emit(aten.sqrt.default, emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, x, x), [_other(matrix, dim)]))
-
-
-def _other(matrix: Node, dim: int) -> int:
-    """The dimension of a matrix, or of many, that is not its rows ``dim``."""
-    return 2 * matrix.meta["val"].dim() - 3 - dim
-
-
-def _as_float32(emit: Emitter, node: Node) -> Node:
-    if node.meta["val"].dtype in (torch.float32, torch.float64):
-        return node
-    return emit(prims.convert_element_type.default, node, torch.float32)
-
-
-def _gather(emit: Emitter, matrix: Node, dim: int, rows: Node) -> Node:
-    if matrix.meta["val"].dim() == 2:
-        return emit(aten.index.Tensor, matrix, [rows] if dim == 0 else [None, rows])
-    features = _other(matrix, dim)
-    width: Any = matrix.meta["val"].shape[features]
-    width = width if isinstance(width, int) else emit(aten.sym_size.int, matrix, features)
-    index = emit(aten.unsqueeze.default, rows, features)
-    index = emit(aten.expand.default, index, [width if d == features else -1 for d in range(3)])
-    return emit(aten.gather.default, matrix, dim, index)
-
-
-def _gather_scaled(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
-    """``scale * matrix[rows]``, multiplied in float32: a scale rounded to bfloat16 would bias every row alike."""
-    dtype = matrix.meta["val"].dtype
-    column = emit(aten.unsqueeze.default, scale, _other(matrix, dim))
-    kept = emit(aten.mul.Tensor, _as_float32(emit, _gather(emit, matrix, dim, rows)), column)
-    return kept if kept.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, kept, dtype)
-
-
-def _contract(emit: Emitter, matrix: Node, dim: int, to: int) -> Node:
-    """Transpose if needed so that the contracted dimension ``dim`` becomes dimension ``to``."""
-    rank = matrix.meta["val"].dim()
-    return matrix if dim == to else emit(aten.permute.default, matrix, [*range(rank - 2), rank - 1, rank - 2])
+def _as_type(emit: Emitter, rows: Node, decision: Decision) -> Node:
+    return like(emit, rows, decision.site.activation.source)

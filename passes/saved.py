@@ -61,9 +61,12 @@ def _stand_ins(plan: Sequence[Decision], done: Sampled) -> Iterator[tuple[Node, 
     """What is held in place of a sampled input or for it -> the input's name."""
     for d in plan:
         if d.action is Action.EARLY:
-            yield from ((n, d.base.name) for n in done.draws[d.group])
+            kept = done.draws[d.group]
+            yield from ((n, d.base.name) for n in (*kept.stored, kept.index))
         elif d.action is Action.LATE:
             yield done.norms[d.group], d.base.name
+        if d.action is not Action.EXACT and d.group in done.means:
+            yield done.means[d.group], d.base.name
 
 
 def _storages(
@@ -108,7 +111,8 @@ def _judge(row: Saved, decision: Decision | None, compressed: bool) -> Saved:
             reason = "saved to compute others again"
         return replace(row, decision="exact" if decision else "", reason=reason)
     rows = decision.site.activation.rows
-    reason = decision.reason or "chosen in the forward, only these rows are kept"
+    bits = f", in {decision.form.bits} bits" if decision.action is Action.EARLY and decision.form else ""
+    reason = decision.reason or f"chosen in the forward, only these rows are kept{bits}"
     return replace(row, kept=f"{decision.k}/{rows}", decision=decision.action.value, reason=reason)
 
 

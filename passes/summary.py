@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from wtacrs_fx.ledger import Ledger
-from wtacrs_fx.passes.account import build_ledger, fused_entry, packed_entries, rounded_entries, size_notes
+from wtacrs_fx.passes.account import build_ledger, fused_entry, packed_entries, rounded_entries
 from wtacrs_fx.passes.budget import parts
+from wtacrs_fx.passes.notes import notes_of
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.saved import saved_list
 from wtacrs_fx.passes.sever import saved_tensors
@@ -23,7 +24,7 @@ def ledger_of(work: Work) -> Ledger:
         ledger,
         entries=(*ledger.entries, *map(fused_entry, fused)),
         tensors=tuple(listed),
-        notes=size_notes(work.joint.graph),
+        notes=notes_of(work),
         compressed=(*rounded_entries(work.roundings, work.done.rounded), *packed_entries(work.packed)),
         predicted_exact=work.prediction,
         predicted=work.predicted(),

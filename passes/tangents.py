@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
 
 from wtacrs_fx.passes.kinds import Kind, ancestors, is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.products import behind_transposes
 from wtacrs_fx.passes.sites import CONTRACTIONS
+from wtacrs_fx.private import tree_leaves
 
 aten = torch.ops.aten
 

@@ -5,8 +5,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
+
+from wtacrs_fx.private import OpOverload
 
 
 def structural_diff(before: Counter[str], after: Counter[str]) -> str:

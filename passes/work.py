@@ -5,21 +5,31 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
 
-import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
+import wtacrs_fx.norm_ops
+import wtacrs_fx.ops  # noqa: F401  (register the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.account import saved_bytes
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
-from wtacrs_fx.passes.budget import Goal, Partition, Uncut, make_planner, predict, report_miss, roofline_of
+from wtacrs_fx.passes.budget import (
+    NO_GAIN,
+    Goal,
+    Partition,
+    Uncut,
+    make_planner,
+    no_larger,
+    predict,
+    report_miss,
+    roofline_of,
+)  # fmt: skip
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_partition
-from wtacrs_fx.passes.joint_graph import copy_joint, parameter_names, weight_placeholders
+from wtacrs_fx.passes.joint_graph import copy_joint, padding_placeholder, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.layouts import relaid_weights
 from wtacrs_fx.passes.pack import Packed, pack_masks
@@ -34,6 +44,7 @@ from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs
 from wtacrs_fx.passes.unfold import unfold_late_sums
 from wtacrs_fx.passes.watch import watch
+from wtacrs_fx.private import fx_graph_cse
 
 REPLANS = 3
 """How often the recomputation is planned at most where a finished partition misses the budget."""
@@ -63,6 +74,8 @@ class Work:
     uncut: Uncut | None = None
     roundings: list[Rounding] = field(default_factory=list)
     packed: list[Packed] = field(default_factory=list)
+    padding: Node | None = None
+    """Placeholder of the mask of rows that are no padding."""
     known: tuple[Partition, Prediction] | None = None
     """What is predicted of a partition."""
 
@@ -103,14 +116,14 @@ class Work:
             exact,
             plan,
             recomputed=users,
+            padding=padding_placeholder(joint.graph, names, config.padding, sites),
         )
 
     def __post_init__(self) -> None:
         self.best = self.exact
         self.device = roofline_of(self.joint.graph)
-        self.relaid: set[str] = (
-            relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
-        )
+        relaid = relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
+        self.relaid: set[str] = relaid
         self.in_memory = self.weights - self.relaid
         self.prediction = predict(self.exact, self.in_memory, self.device)
 
@@ -148,38 +161,45 @@ class Work:
         planners = self.planners()
         plans = [goal.plan(p) for p in planners]
         able = [(p, plan) for p, plan in zip(planners, plans) if plan is not None]
-        if not able:
-            able = [(p, p.least_peak(math.inf)) for p in planners]
-            least = min((plan for _, plan in able), key=lambda plan: plan.peak)
-            report_miss(least, least.held, self.prediction, self.config, bool(self.users))
+        able = able or [(p, p.least_peak(math.inf)) for p in planners]
         # (what the second planner does not round, the first one has planned too)
         found = [self._planned(p, plan, goal) for i, (p, plan) in enumerate(able) if i == 0 or plan.rounded]
         lower = goal.peak == math.inf or goal.missed_by(found[0].predicted()) > 0
         if lower and self.config.round_bits is not None and not found[0].roundings:
             found.append(copy.copy(found[0]))  # what its plan leaves to save can still be rounded
             found[-1]._round()
-        work = min(found, key=lambda w: goal.rank(w.predicted()))
-        vars(self).update(vars(work))
-        if goal.missed_by(self.predicted()) > 0 and goal.peak < math.inf and any(plans):
+        if goal.peak == math.inf and not any(no_larger(w.predicted(), self.prediction) for w in found):
+            if planners[0].keep is not plans[0]:
+                found.append(self._planned(planners[0], planners[0].keep, goal))
+            found = [w for w in found if no_larger(w.predicted(), self.prediction)] or [self._exactly()]
+        vars(self).update(vars(goal.best(found, Work.predicted, Work.noise)))
+        if goal.missed_by(self.predicted()) > 0 and goal.peak < math.inf:
             report_miss(self.predicted(), self._held(self.best), self.prediction, self.config, bool(self.users))
 
     def _planned(self, planner: Planner, plan: Plan, goal: Goal) -> "Work":
         """Do as planned, cut, and look at the result, to which settled sites and the cut itself have added. Where it misses
-        the budget, plan again for as much less."""
+        the budget, plan again for less, by as much as the result differs from its plan."""
         least = planner.least_peak(math.inf)
-        aim, tried = goal, []
+        tried = []
         for _ in range(REPLANS):
             work = copy.copy(self)
             work._recompute(plan)
             work._settle()
             if plan.rounded:
                 work._round({n.name for n in plan.rounded})
-            tried.append((goal.missed_by(work.predicted()), work))
+            reached = work.predicted()
+            tried.append((goal.missed_by(reached), work))
             if tried[-1][0] <= 0 or plan is least:
                 break
-            aim = aim.tighter(tried[-1][0])
-            plan = aim.plan(planner) or least
+            plan = goal.after(plan, reached).plan(planner) or least
         return min(tried, key=lambda t: t[0])[1]
+
+    def _exactly(self) -> "Work":
+        """The exact partition, where every other one takes more."""
+        work = copy.copy(self)
+        work.plan = [d if d.action is Action.EXACT else d.to(Action.EXACT, NO_GAIN) for d in self.plan]
+        work.best, work.known, work.done = self.exact, (self.exact, self.prediction), Sampled()
+        return work
 
     def _settle(self) -> None:
         """Revise the sites in the light of the last cut, and cut again as often as that changes something."""
@@ -244,6 +264,10 @@ class Work:
         with_bits = planner.rounding(substitutes(roundings, self._saved(), self.kinds, nodes))
         return [planner, with_bits] if with_bits.substitutes else [planner]
 
+    def noise(self) -> float:
+        """Of what is rounded, summed."""
+        return sum(r.noise for r in self.roundings)
+
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
         if self.known is None or self.known[0] is not self.best:
@@ -276,7 +300,7 @@ class Work:
         with watch("round_factors", module.graph, self.config.verbose):
             rounded = round_factors(module.graph, self.roundings, env, self.kinds, draws)
         with watch("sample", module.graph, self.config.verbose):
-            done = sample(module.graph, plan, env, draws, self.config, rounded)
+            done = sample(module.graph, plan, env, draws, self.config, rounded, self.padding)
         outputs = severed.extend_outputs(self.num_fwd_outputs)
         with watch("recompute", module.graph, self.config.verbose):
             recompute(module.graph, outputs, {env[n] for n in self.recomputed}, [env[n] for n in self.starts])

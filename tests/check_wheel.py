@@ -18,7 +18,7 @@ except ImportError:
 else:
     raise AssertionError("the wheel leaves a top-level package called passes")
 model = torch.nn.Linear(32, 32)
-backend = wtacrs_fx.Backend(ratio=0.5, inner="eager", min_rows=1, min_bytes=0)
+backend = wtacrs_fx.Backend(ratio=0.5, inner="eager", min_rows=1, min_bytes=0, memory_budget=None)
 torch.compile(model, backend=backend)(torch.randn(64, 32)).square().sum().backward()
 assert backend.ledger.count("early") == 1
 print("wheel ok:", importlib.metadata.version("wtacrs-fx"))

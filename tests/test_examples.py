@@ -16,6 +16,7 @@ def test_all_are_tested():
         "backend_huggingface.py",
         "standalone_pass.py",
         "functorch_partitioner.py",
+        "two_processes.py",  # by test_parallel.py
     }
 
 

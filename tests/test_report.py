@@ -13,10 +13,9 @@ from wtacrs_fx import measure
 from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
-from wtacrs_fx.inductor import compile_inductor
+from wtacrs_fx.inductor import compile_inductor, uncompiled
 from wtacrs_fx.ledger import Ledger, Saved
 from wtacrs_fx.presets import PRESETS
-from wtacrs_fx.tracing import uncompiled
 
 from helpers import SMALL, Transformer, transformer_batch
 from small_presets import small

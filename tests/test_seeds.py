@@ -84,7 +84,7 @@ class Dropped(nn.Module):
 def test_masks_are_those_of_inductor():
     torch.manual_seed(0)
     model, x = Dropped(), torch.randn(64, 32)
-    backend = wtacrs_fx.Backend(min_rows=1, min_bytes=0, ratio=0.5)
+    backend = wtacrs_fx.Backend(min_rows=1, min_bytes=0, ratio=0.5, memory_budget=None)
     found = []
     for chosen in ("inductor", backend):
         torch._dynamo.reset()

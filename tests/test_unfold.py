@@ -134,4 +134,4 @@ def test_inductor_does_not_fold_it():
         return codes[-1]
 
     assert "addmm(" in code("inductor")
-    assert "addmm(" not in code(wtacrs_fx.Backend(ratio=0.5, min_bytes=0))
+    assert "addmm(" not in code(wtacrs_fx.Backend(ratio=0.5, min_bytes=0, memory_budget=None))

@@ -7,14 +7,20 @@ if not (Path(__file__).parent / "passes").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from wtacrs_fx.backend import Backend, ledgers, partitioner
+from wtacrs_fx.calibrate import calibrate
 from wtacrs_fx.check import check
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, InvariantError, ReportError, WtacrsWarning
 from wtacrs_fx.frontier import Frontier, frontier
 from wtacrs_fx.joint import rewrite_joint
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.noise_budget import NoiseBudget
+from wtacrs_fx.norm_cache import SampleNorms
+from wtacrs_fx.norm_state import norms_of
+from wtacrs_fx.norms import NormSource, PositionNorms, Rows
 from wtacrs_fx.report import report
 from wtacrs_fx.rewrite import rewrite
+from wtacrs_fx.sample_ids import SampleIdsCollator, SampleIdsTrainer, WithSampleIds, sample_ids
 from wtacrs_fx.show import print_graph
 from wtacrs_fx.swap import restore_linears, swap_linears
 
@@ -25,16 +31,27 @@ __all__ = [
     "Frontier",
     "InvariantError",
     "Ledger",
+    "NoiseBudget",
+    "NormSource",
+    "PositionNorms",
     "ReportError",
+    "Rows",
+    "SampleIdsCollator",
+    "SampleIdsTrainer",
+    "SampleNorms",
+    "WithSampleIds",
     "WtacrsWarning",
+    "calibrate",
     "check",
     "frontier",
     "ledgers",
+    "norms_of",
     "partitioner",
     "print_graph",
     "report",
     "restore_linears",
     "rewrite",
     "rewrite_joint",
+    "sample_ids",
     "swap_linears",
 ]

@@ -4,7 +4,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib.metadata
-import re
 import sys
 import warnings
 from collections import Counter, deque
@@ -13,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx import GraphModule
 
 from wtacrs_fx import sidecar
 from wtacrs_fx.config import Config
+from wtacrs_fx.distributed import check_ranks, refuse_dtensors
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.inductor import ORDERED, compile_inductor
+from wtacrs_fx.inductor import ORDERED, ROUNDED, compile_inductor, uncompiled
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.names import dynamo_names
+from wtacrs_fx.norm_state import RowState, with_rows
+from wtacrs_fx.norms import NormSource, make_source
 from wtacrs_fx.passes.partition import partition
-from wtacrs_fx.passes.sites import clean_module_path
-
-TESTED = ((2, 13), (2, 13))
-"""Oldest and newest torch (major, minor) that the test suite was run with. 2.11 is the oldest that can be installed."""
+from wtacrs_fx.passes.policy import NO_RATIO
+from wtacrs_fx.private import TESTED, CustomPartitionerFn, functorch_config
 
 _ledgers: deque[Ledger] = deque(maxlen=256)
 
@@ -56,6 +56,7 @@ class Partitioner(CustomPartitionerFn):
         if ledger is not None:
             self.publish(ledger)
         options = ORDERED if ledger is not None and ledger.ordered else {}
+        options = {**options, **ROUNDED} if ledger is not None and ledger.rounded else options
         self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
         return forward, backward
 
@@ -79,7 +80,9 @@ def partitioner(**options: Any) -> Partitioner:
 
     Args: the fields of :class:`wtacrs_fx.Config`; those about Inductor have no effect. Raises: as Config does.
     """
-    return Partitioner(Config.from_options(options))
+    config = Config.from_options(options)
+    config.refuse_state("wtacrs_fx.partitioner()")
+    return Partitioner(config)
 
 
 class Backend:
@@ -98,6 +101,19 @@ class Backend:
             raise TypeError(f"Backend(config, {', '.join(options)}=...): give a Config or options, not both.")
         self.config = Config.from_options(options) if config is None else Config.from_options(config)
         self.ledgers: list[Ledger] = []
+        self.rows = row_state(self.config)
+        self._by_model = False
+
+    @property
+    def norms(self) -> NormSource | None:
+        """What is known of gradient norms, with ``state_dict`` and ``load_state_dict``; None with norms="activation"."""
+        return self.rows.source
+
+    @property
+    def padding(self) -> dict[str, str]:
+        """Site -> what a real batch has shown of its rows of padding: "zero" (they get probability zero), "refused" (they have
+        gradients, and are sampled like others), or "unknown" so far."""
+        return {site: trial.verdict for site, trial in self.rows.padding.items()}
 
     @property
     def ledger(self) -> Ledger:
@@ -122,11 +138,27 @@ class Backend:
             raise TypeError("options= beside a wtacrs_fx.Backend object: give them to the object, Backend(ratio=...).")
         check_torch_version()
         _check_budgets(self.config)
-        partition_fn = Partitioner(self.config, dynamo_names(gm))
+        refuse_dtensors(names := dynamo_names(gm), example_inputs)
+        check_ranks(self.config, names, example_inputs)
+        partition_fn = Partitioner(self.config.without_state(), names)
         partition_fn.ledgers = self.ledgers
+        compiled = self._compiled(gm, example_inputs, partition_fn, mode)
+        if not self.config.has_state:
+            return compiled
+        return with_rows(compiled, gm, partition_fn.names, self.rows, self._by_model)
+
+    def _compiled(
+        self, gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
+    ) -> Callable[..., Any]:
         if self.config.inner == "eager":
-            return _compile_eager(gm, example_inputs, partition_fn, mode)
-        with sidecar.ledger_of(gm, example_inputs, partition_fn):
+            return compile_eager(gm, example_inputs, partition_fn, mode)
+
+        def rebuild() -> None:
+            """Run the partitioner alone, for its ledger; nothing is compiled and no cache read."""
+            with functorch_config.patch(enable_autograd_cache=False):
+                compile_inductor(gm, example_inputs, partition_fn, mode, compile_graph=uncompiled)
+
+        with sidecar.ledger_of(gm, example_inputs, partition_fn, rebuild):
             return compile_inductor(gm, example_inputs, partition_fn, mode)
 
 
@@ -141,15 +173,21 @@ def wtacrs(
 
     ``options`` are the fields of :class:`wtacrs_fx.Config`; ``mode`` is one of Inductor's and is translated to its options.
     """
-    return Backend(Config.from_options(options))(gm, example_inputs, mode=mode)
+    backend = Backend(Config.from_options(options))
+    backend._by_model = isinstance(backend.config.norms, str)
+    return backend(gm, example_inputs, mode=mode)
 
 
-def _compile_eager(
+def row_state(config: Config) -> RowState:
+    """New, or that of the norm source that the user has given."""
+    source = make_source(config.norms)
+    return RowState(None) if source is None else RowState.of(source)
+
+
+def compile_eager(
     gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
 ) -> Callable[..., Any]:
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._dynamo.backends.debugging import boxed_nop
-    from torch._inductor.compile_fx import select_decomp_table
+    from wtacrs_fx.private import aot_autograd, boxed_nop, select_decomp_table
 
     if mode not in (None, "default"):
         raise ValueError(f"mode={mode!r} with inner='eager': modes are Inductor's; leave one of the two out.")
@@ -173,7 +211,13 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
             f"wtacrs: include={unmatched!r} matches no linear layer of this graph, so nothing is sampled for it. "
             f"Available names: {shown}."
         )
-    if config.ratio < 1 and ledger.count("exact") == len(ledger.entries):
+    unnamed = [e.module for e in ledger.entries if e.reason == NO_RATIO]
+    if unnamed:
+        messages.append(
+            f"wtacrs: ratio has no pattern for {', '.join(unnamed[:20])}{', ...' * (len(unnamed) > 20)}: they stay exact. Add "
+            "one, or '*' as the last."
+        )
+    if config.samples and ledger.count("exact") == len(ledger.entries):
         reasons = Counter(e.reason.partition(" (")[0] for e in ledger.entries)
         why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "it has no weight-gradient product"
         messages.append(
@@ -183,20 +227,9 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
     return messages
 
 
-def dynamo_names(gm: GraphModule) -> list[str | None]:
-    """Names such as ``encoder.0.query.weight`` for those inputs of a Dynamo graph that are parameters or buffers."""
-    names: list[str | None] = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        member = re.search(r"_(?:parameters|buffers)_(?P<name>\w+?)_?$", str(node.target))
-        stack = node.meta.get("nn_module_stack")
-        owner = clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
-        names.append(f"{owner}.{member['name']}".lstrip(".") if member else None)
-    return names
-
-
 def _check_budgets(config: Config) -> None:
     """Two memory budgets: this package's wins, and says so."""
-    torchs = torch._functorch.config.activation_memory_budget
+    torchs = functorch_config.activation_memory_budget
     if config.memory_budget is not None and torchs != 1:
         warnings.warn(
             f"wtacrs: memory_budget={config.memory_budget!r} takes the place of torch's activation_memory_budget={torchs} "

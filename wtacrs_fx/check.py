@@ -91,6 +91,11 @@ class Check:
     rounded: bool = False
     """Whether tensors are rounded: then every gradient is a layer here, and a bias of second order is no fault."""
 
+    padding: str | None = None
+    """The option of that name."""
+    refused: tuple[str, ...] = ()
+    """Sites whose rows of padding have gradients."""
+
     @property
     def bound(self) -> float:
         """Of the z-scores."""
@@ -107,6 +112,11 @@ class Check:
             found.append(f"a gradient that should be exact differs by {self.untouched:.1e} of its norm")
         if (self.saved_bytes, self.saved_bytes_exact) != (self.predicted_bytes, self.predicted_bytes_exact):
             found.append("the bytes held are not the predicted ones")
+        if self.refused:
+            found.append(
+                f"padding={self.padding!r} is refused, since rows of padding have gradients, in {', '.join(self.refused)} "
+                "(name them in padding_exclude)"
+            )
         return found
 
     def _is_biased(self, layer: Layer) -> bool:
@@ -217,6 +227,8 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
     return Check(
         layers=tuple(found[n].layer(*label) for n, label in labels.items()),
         rounded=rounded,
+        padding=config.padding,
+        refused=tuple(site for site, verdict in backend.padding.items() if verdict == "refused"),
         draws=draws,
         saved_bytes=held,
         predicted_bytes=sum(g.saved_bytes for g in backend.ledgers),

@@ -2,18 +2,26 @@
 
 import dataclasses
 import difflib
+import fnmatch
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
 
+from wtacrs_fx.config_checks import (
+    as_inductor_options,
+    as_patterns,
+    as_ratios,
+    check_budget,
+    check_choice,
+    check_number,
+)
 from wtacrs_fx.estimators import ESTIMATORS
+from wtacrs_fx.norms import NamedNorms, NormSource, check_norms
 from wtacrs_fx.rounding import BITS
-from wtacrs_fx.units import parse_bytes
 
 OUTPUT_HEADS = (
     "*lm_head",
@@ -29,6 +37,10 @@ OUTPUT_HEADS = (
     "*_head",
 )
 """Names that output heads go by in Hugging Face, timm and torchvision models."""
+
+
+ROW_BITS = (8, 4)
+"""Of kept rows. At 2 bits the rounding is as large as what it rounds."""
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -48,14 +60,29 @@ class Config:
         ValueError: a value outside its range.
     """
 
-    ratio: float = _option(
+    ratio: float | Mapping[str, float] = _option(
         0.3,
         "Share of rows (tokens) of a linear layer's input kept for the weight gradient, 0 < ratio <= 1; "
-        "ceil(ratio * rows) rows are kept. 1 trains exactly.",
+        "ceil(ratio * rows) rows are kept. 1 trains exactly. A dict gives a share per module: the first of its patterns "
+        "(fnmatch) that matches counts, modules without one stay exact, and modules that read one input keep the largest of "
+        "their shares. wtacrs_fx.calibrate() measures such a dict.",
     )
     estimator: str = _option(
-        "wta_crs",
-        "How rows are chosen: 'crs', 'wta_crs', 'systematic' (all unbiased) or 'topk' (biased; for comparison only).",
+        "systematic",
+        "How rows are chosen: 'systematic', 'wta_crs' (the paper's), 'crs' (all unbiased) or 'topk' (biased; for comparison "
+        "only).",
+    )
+    row_bits: int | None = _option(
+        None,
+        "Bits, 8 or 4, in which kept rows are stored where they are chosen in the forward: rounded at random, without bias. "
+        "`ratio` stays the share of rows, so the bytes of float32 rows hold 3.9 or 7.5 times as many in 8 or 4 bits, those of "
+        "16-bit rows half of that. Rows stay as they are where that takes no more bytes (very narrow ones), in float64, and "
+        "where sizes are symbolic. Attention's get twice the bits, at most 8. None: as they are.",
+    )
+    center_rows: bool = _option(
+        False,
+        "Sample rows minus their mean; what the mean contributes to the weight gradient is computed exactly (one more pass "
+        "over the input in the forward and over the gradient in the backward). Less noise where all rows have much in common.",
     )
     min_rows: int = _option(128, "Products over fewer rows than this stay exact. Rows.")
     min_bytes: int = _option(65536, "Inputs smaller than this stay exact. Bytes.")
@@ -64,6 +91,20 @@ class Config:
     )
     exclude: tuple[str, ...] = _option(
         OUTPUT_HEADS, "Sites whose module name matches one of these patterns stay exact. Default: output heads."
+    )
+    norms: "str | NormSource" = _option(  # noqa: RUF009  (the default is a str)
+        "activation",
+        "What early sites (rows chosen in the forward) know of gradient norms: 'activation', nothing; 'position', a running "
+        "mean per position of the sequence and layer; 'sample', those of the last time that the training example was seen, see "
+        "wtacrs_fx.sample_ids; or an object, such as wtacrs_fx.SampleNorms(examples=20000). Wrong norms cost variance only.",
+    )
+    padding: str | None = _option(
+        None,
+        "Name of the batch argument whose zeros mark rows without a gradient, e.g. 'attention_mask': they are never kept, once "
+        "a real batch has shown at a site that their gradients are zero. None: unknown.",
+    )
+    padding_exclude: tuple[str, ...] = _option(
+        (), "Modules about whose rows the argument of padding says nothing (fnmatch, e.g. 'decoder.*')."
     )
     late: str = _option(
         "sample",
@@ -79,8 +120,9 @@ class Config:
         "auto",
         "Least-time plan of what the backward recomputes, block by block, so that the predicted peak of a step's activations "
         "stays below: a float in (0, 1], share of the exact partition's peak; an int or a string such as '12GiB', bytes. "
-        "'auto': the least peak that is predicted to take no longer than exact training. None: no budget; what sampling saves "
-        "in time is kept as time, and nothing is recomputed but what Inductor itself recomputes.",
+        "'auto': the least peak that is predicted to take no longer than exact training; a graph in which every plan takes "
+        "more memory than that (two layers) is trained exactly. None: no budget; what sampling saves in time is kept as time, "
+        "and nothing is recomputed but what Inductor itself recomputes.",
     )
     round_bits: int | None = _option(
         None,
@@ -116,38 +158,40 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude", "round_include", "round_exclude"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        object.__setattr__(self, "inductor", _inductor_options(self.inductor))
-        _check_number("ratio", self.ratio, float, lambda r: 0 < r <= 1, "a number with 0 < ratio <= 1, such as 0.3")
-        _check_choice("estimator", self.estimator, tuple(ESTIMATORS))
-        _check_choice("late", self.late, ("sample", "exact"))
-        _check_choice("inner", self.inner, ("inductor", "eager"))
-        _check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
-        _check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
+        for name in ("include", "exclude", "round_include", "round_exclude", "padding_exclude"):
+            object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
+        object.__setattr__(self, "inductor", as_inductor_options(self.inductor))
+        object.__setattr__(self, "ratio", as_ratios(self.ratio))
+        check_choice("estimator", self.estimator, tuple(ESTIMATORS))
+        check_norms(self.norms)
+        if self.padding is not None and not (isinstance(self.padding, str) and self.padding):
+            raise TypeError(
+                f"padding={self.padding!r}: expected None or the name of a batch argument, e.g. 'attention_mask'."
+            )
+        check_choice("late", self.late, ("sample", "exact"))
+        check_choice("inner", self.inner, ("inductor", "eager"))
+        check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
+        check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
         if self.round_bits is not None:
-            _check_number("round_bits", self.round_bits, int, lambda b: b in BITS, "None or one of 8, 4, 2 (bits)")
-        _check_budget(self.memory_budget)
+            check_number("round_bits", self.round_bits, int, lambda b: b in BITS, "None or one of 8, 4, 2 (bits)")
+        if self.row_bits is not None:
+            check_number("row_bits", self.row_bits, int, lambda b: b in ROW_BITS, "None or one of 8, 4 (bits)")
+        check_budget(self.memory_budget)
         if self.seed is not None:
-            _check_number(
+            check_number(
                 "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
             )
-        for name in ("attention", "pack_masks", "round_fused_attention"):
+        for name in ("attention", "center_rows", "pack_masks", "round_fused_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
         if not isinstance(self.verbose, bool) and self.verbose != 2:
             raise TypeError(f"verbose={self.verbose!r}: expected True, False or 2.")
 
     def exact(self) -> "Config":
-        """The same with nothing sampled, rounded, packed or planned: what Inductor's own partition holds."""
-        off: dict[str, Any] = {
-            "ratio": 1.0,
-            "attention": False,
-            "memory_budget": None,
-            "round_bits": None,
-            "pack_masks": False,
-        }
-        return dataclasses.replace(self, **off)
+        """The same with nothing sampled, known, rounded, packed or planned: what Inductor's own partition holds."""
+        sampled: dict[str, Any] = {"ratio": 1.0, "attention": False, "norms": "activation", "padding": None}
+        held: dict[str, Any] = {"memory_budget": None, "round_bits": None, "row_bits": None, "pack_masks": False}
+        return dataclasses.replace(self, **sampled, **held)
 
     @classmethod
     def from_options(cls, options: "Mapping[str, Any] | Config | None" = None) -> "Config":
@@ -173,6 +217,40 @@ class Config:
                 )
         return cls(**options)
 
+    def ratio_of(self, module: str) -> float | None:
+        """Share of rows kept for a module; None where ``ratio`` is a dict that has no pattern for it."""
+        if not isinstance(self.ratio, Mapping):
+            return self.ratio
+        return next((r for p, r in self.ratio.items() if fnmatch.fnmatchcase(module, p)), None)
+
+    @property
+    def samples(self) -> bool:
+        """Whether any module is asked to keep fewer rows than all."""
+        return any(r < 1 for r in (self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio,)))
+
+    @property
+    def has_state(self) -> bool:
+        """Whether compiled graphs ask a Backend for what it knows of rows."""
+        return self.norms != "activation" or self.padding is not None
+
+    @property
+    def norms_kind(self) -> str:
+        """The norm source's name."""
+        return self.norms if isinstance(self.norms, str) else self.norms.kind
+
+    def without_state(self) -> "Config":
+        """The same, as graphs are compiled by it: with the kind of a norm source in place of the object."""
+        return self if isinstance(self.norms, str) else dataclasses.replace(self, norms=NamedNorms(self.norms.kind))
+
+    def refuse_state(self, entry: str) -> None:
+        """For ways in without a Backend. Raises: ValueError: ``norms`` or ``padding`` would be without effect there."""
+        if self.has_state:
+            name = f"norms={self.norms_kind!r}" if self.norms != "activation" else f"padding={self.padding!r}"
+            raise ValueError(
+                f"{name} with {entry}: what is known of gradients belongs to a Backend. Use torch.compile(model, "
+                "backend='wtacrs', options=...), or leave the option out."
+            )
+
     @property
     def reuse(self) -> bool | None:
         """Inductor's ``allow_buffer_reuse`` where the user has given it."""
@@ -181,6 +259,9 @@ class Config:
     def fingerprint(self) -> str:
         """A hash over every option, for cache keys. Equal options give equal fingerprints in every process."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if isinstance(self.ratio, Mapping):
+            values["ratio"] = list(self.ratio.items())  # the order of the patterns counts
+        values["norms"] = self.norms_kind
         values["inductor"] = sorted((k, repr(v)) for k, v in self.inductor.items())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -192,67 +273,3 @@ class Config:
             default = "output heads" if f.default is OUTPUT_HEADS else repr({} if f.name == "inductor" else f.default)
             rows.append((f"`{f.name}`", f"`{default}`", f.metadata["doc"]))
         return tabulate(rows, headers=("option", "default", "meaning"), tablefmt="github")
-
-
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, (tuple, list)) or not all(isinstance(p, str) for p in value):
-        raise TypeError(
-            f"{name}={value!r}: expected a pattern or a list of patterns over module names, e.g. '*.query'."
-        )
-    return tuple(value)
-
-
-def _inductor_options(value: Any) -> dict[str, Any]:
-    if value == ():
-        return {}
-    if not isinstance(value, Mapping):
-        raise TypeError(f"inductor={value!r}: expected a dict of Inductor options, e.g. {{'max_autotune': True}}.")
-    if "custom_partitioner_fn" in value:
-        raise ValueError(
-            "inductor={'custom_partitioner_fn': ...}: wtacrs is itself the partitioner; remove this option, or call "
-            "wtacrs_fx.partitioner(...) from your own."
-        )
-    return dict(value)
-
-
-def _check_budget(value: Any) -> None:
-    expected = (
-        "None, 'auto', a float in (0, 1] (share of the exact peak), or bytes as an int or a string such as '12GiB'"
-    )
-    if value is None or value == "auto":
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError(f"memory_budget={value!r}: expected {expected}.")
-    if isinstance(value, str):
-        try:
-            number: float = parse_bytes(value)
-        except ValueError as error:
-            raise ValueError(f"memory_budget={value!r}: expected {expected}.") from error
-    else:
-        number = value
-    if isinstance(value, float) and not 0 < value <= 1:
-        raise ValueError(f"memory_budget={value!r}: expected {expected}.")
-    if isinstance(value, int) and 0 < value < 1024:
-        raise ValueError(
-            f"memory_budget={value!r}: an int is a number of bytes, and this is less than 1 KiB; a share of the exact peak is "
-            f"a float, {float(value)}."
-        )
-    if not number > 0:
-        raise ValueError(f"memory_budget={value!r}: expected {expected}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
-
-
-def _check_number(name: str, value: Any, kind: type, ok: Any, expected: str) -> None:
-    allowed = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise TypeError(f"{name}={value!r}: expected {expected}.")
-    if not math.isfinite(value) or not ok(value):
-        raise ValueError(f"{name}={value!r}: expected {expected}.")

@@ -23,6 +23,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.demo_arm import ArmProcess, DemoError, Settings
 from wtacrs_fx.demo_data import DemoDataError, find_model, find_reviews, read_reviews, split
 from wtacrs_fx.estimators import ESTIMATORS
+from wtacrs_fx.files import replace_text
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.units import positive
 
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         arms = {name: asdict(result) for name, result in results.items()}
         data = {"settings": {**given, "threads": settings.threads}, **notes, "arms": arms}
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+        replace_text(args.json, json.dumps(data, indent=1) + "\n")
     return 0
 
 

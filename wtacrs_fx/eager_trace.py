@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import replaced
 from wtacrs_fx.ledger import Saved
+from wtacrs_fx.private import TorchDispatchMode, tree_leaves
 from wtacrs_fx.tracing import FakeRun, starts
 
 

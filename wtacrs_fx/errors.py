@@ -15,3 +15,11 @@ class BudgetError(ValueError):
 
 class ReportError(ValueError):
     """A report cannot be made of what was given. The message says why and what to change."""
+
+
+class RankError(RuntimeError):
+    """Two ranks of a process group compile the same module with different options. The message names both ranks."""
+
+
+class UnsupportedError(RuntimeError):
+    """A combination that this package would get wrong, or does not take: the message says which, and what to do."""

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.autocast_mode import _cast
 from torch.autograd.function import once_differentiable
 
 import wtacrs_fx.ops  # noqa: F401  (registers select_rows and draw_seed)
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.policy import ceil_share, ratio_fraction, too_small
+from wtacrs_fx.private import autocast_cast as _cast
+from wtacrs_fx.private import torch_c
 
 wtacrs = torch.ops.wtacrs
 
@@ -183,13 +184,13 @@ matmul.register_autograd(_matmul_backward, setup_context=_save_matmul)
 def _register_autocast() -> None:
     """Under autocast cast all operands and rows first, so that the low-precision copies are kept, as with torch's linear."""
     library = torch.library.Library("wtacrs", "FRAGMENT")
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
+    keys = torch_c.DispatchKeySet(torch_c.DispatchKey.AutocastCPU) | torch_c.DispatchKeySet(
+        torch_c.DispatchKey.AutocastCUDA
     )
 
     def implement(op: Any, device: str) -> Any:
         def kernel(*args: Any) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with torch_c._ExcludeDispatchKeyGuard(keys):
                 return op(*_cast(args, device, torch.get_autocast_dtype(device)))
 
         return kernel
@@ -227,12 +228,21 @@ class RowSampler(nn.Module):
     Args:
         config: ratio, estimator, min_rows, min_bytes and seed.
         columns: sample the columns of the operand (the right factor of a product) and not its rows.
+        module: whose ratio it is, where they differ by module.
+
+    Raises: ValueError, for ``row_bits``: autograd keeps what the products are given, and they are given plain rows.
     """
 
-    def __init__(self, config: Config, columns: bool = False) -> None:
+    def __init__(self, config: Config, columns: bool = False, module: str = "") -> None:
+        if config.row_bits is not None:
+            raise ValueError(
+                f"row_bits={config.row_bits}: rewrite() and swap_linears() keep rows as they are; use "
+                'torch.compile(model, backend="wtacrs") or rewrite_joint() for rounded rows, or row_bits=None.'
+            )
         super().__init__()
         self.config, self.columns = config, columns
-        self.share = ratio_fraction(config.ratio).as_integer_ratio()
+        self.ratio = config.ratio_of(module) or 1.0
+        self.share = ratio_fraction(self.ratio).as_integer_ratio()
 
     def forward(self, operand: Tensor, *partners: Tensor) -> tuple[Tensor | None, Tensor | None]:
         refuse_tracing(operand)
@@ -240,7 +250,7 @@ class RowSampler(nn.Module):
         if matrix is None or not matrix.is_floating_point():
             return None, None
         nbytes = matrix.numel() * matrix.element_size()
-        if self.config.ratio == 1 or too_small(matrix.shape[-2], nbytes, self.config):
+        if self.ratio == 1 or too_small(matrix.shape[-2], nbytes, self.config):
             return None, None
         with torch.no_grad():
             seed = wtacrs.draw_seed(matrix.device, self.config.seed)
@@ -264,4 +274,4 @@ class RowSampler(nn.Module):
         return h if partners[0].shape[:-2] == h.shape[:-2] else None
 
     def extra_repr(self) -> str:
-        return f"ratio={self.config.ratio}, estimator={self.config.estimator!r}" + ", columns" * self.columns
+        return f"ratio={self.ratio}, estimator={self.config.estimator!r}" + ", columns" * self.columns

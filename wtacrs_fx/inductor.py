@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.fx import GraphModule
 
 from wtacrs_fx.order import GraphOrder
+from wtacrs_fx.private import inductor_config
 from wtacrs_fx.roomy import roomy
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ a tensor is rounded where it is made, and its codes alone are held from there on
 later ones would be alive while other segments run. Kernels that may be fused lie between the same two library calls, so
 that few pairs of readers of a tensor have to be tried."""
 
+ROUNDED: dict[str, Any] = {"realize_opcount_threshold": 256}
+"""Further ones where tensors are rounded. Making codes takes about a hundred operations an element, most of them of the random
+number. By default Inductor writes a value of more than a hundred operations to memory (50 where it has several readers): the
+codes before they are packed, in 4 bytes each, as large as the tensor that they are to replace."""
+
 _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 """Pure functions of ``torch._inductor.sizevars`` that C++ code generation asks again and again."""
 
@@ -40,19 +45,27 @@ def compile_inductor(
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with Inductor, its options and ``mode``, and with this partitioner. ``compile_graph`` takes the
     place of Inductor for the partitioned graphs."""
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from wtacrs_fx.private import TorchCompileInductorWrapper, compile_fx, compile_fx_inner
 
     @roomy
     def with_inductor(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         """Of the forward or the backward, once the partitioner has run."""
-        with torch._inductor.config.patch(partition_fn.inductor), known_results():
+        with inductor_config.patch(partition_fn.inductor), known_results():
             return compile_fx_inner(graph, inputs, **kwargs)
 
     # torch's own wrapper checks the names, types and mode, and knows what each mode stands for.
-    patches = torch._TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
+    patches = TorchCompileInductorWrapper(mode, partition_fn.config.inductor, None).config
     patches = {**patches, "custom_partitioner_fn": partition_fn}
     compiled: Any = compile_fx(gm, example_inputs, inner_compile=compile_graph or with_inductor, config_patches=patches)
     return compiled
+
+
+def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """Stands for Inductor's compilation of a partitioned graph: the graph itself."""
+    from wtacrs_fx.private import make_boxed_func
+
+    boxed: Callable[..., Any] = make_boxed_func(graph.forward)
+    return boxed
 
 
 @contextlib.contextmanager
@@ -63,8 +76,9 @@ def known_results() -> Iterator[None]:
     per layer, so that every layer would be simplified afresh by sympy, which was half of the time of code generation. And
     its one object that knows the types of results fills its table of rules again for every operation of every kernel.
     """
-    from torch._inductor import sizevars
-    from torch._inductor.codegen import common, cpp
+    from wtacrs_fx.private import codegen_common as common
+    from wtacrs_fx.private import codegen_cpp as cpp
+    from wtacrs_fx.private import sizevars
 
     narrow: dict[str, Any] = {name: getattr(sizevars, name, None) for name in _MEMOISED}
     wide = {name: functools.cache(f.__wrapped__) for name, f in narrow.items() if hasattr(f, "__wrapped__")}

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-import wtacrs_fx.ops  # noqa: F401  (registers select_rows and draw_seed)
+import wtacrs_fx.norm_ops
+import wtacrs_fx.ops  # noqa: F401  (register the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.account import build_ledger
 from wtacrs_fx.passes.convolutions import split_convolutions
@@ -19,6 +19,7 @@ from wtacrs_fx.passes.sever import NoCuts
 from wtacrs_fx.passes.sites import find_sites
 from wtacrs_fx.passes.tangents import find_tangents, handed_over, match_gradients
 from wtacrs_fx.passes.watch import watch
+from wtacrs_fx.private import OpOverload
 from wtacrs_fx.rewrite import check_traced, flatten_inputs, propagate, report, share
 
 
@@ -56,6 +57,7 @@ def rewrite_joint(
             or changes activations in place; an option outside of its range.
     """
     config = Config.from_options(options)
+    config.refuse_state("rewrite_joint()")
     check_traced(gm, "rewrite_joint")
     result, exact = share(gm), share(gm)
     for module in (result, exact):

@@ -37,6 +37,8 @@ class Entry:
     decision: str
     """"early", "late" or "exact"."""
     reason: str
+    bits: int | None = None
+    """In which kept rows are stored; None: as the input's type has it, or no rows are stored."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,12 @@ class Ledger:
     def ordered(self) -> bool:
         """Whether the graphs are to run in their own order, since memory was planned for it: something is computed again, or
         rounded."""
-        return self.recomputed > 0 or any(c.bits > 1 for c in self.compressed)
+        return self.recomputed > 0 or self.rounded
+
+    @property
+    def rounded(self) -> bool:
+        """Whether anything is kept in few bits (masks, which are packed to one, left out)."""
+        return any(c.bits > 1 for c in self.compressed)
 
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
@@ -215,7 +222,7 @@ class Ledger:
                 e.op,
                 "x".join(map(str, e.shape)),
                 e.dtype,
-                f"{e.kept}/{e.rows}",
+                f"{e.kept}/{e.rows}" + (f" in {e.bits} bits" if e.bits else ""),
                 format_bytes(e.bytes_exact),
                 format_bytes(e.bytes_now),
                 e.decision,

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from torch._inductor import custom_graph_pass
-from torch._inductor.dependencies import WeakDep
+from wtacrs_fx.private import WeakDep, custom_graph_pass
 
 SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", custom_graph_pass.CustomGraphPass)
 """What Inductor's cache takes the identity of a pass from; before torch 2.13 it is the class for passes on FX graphs."""

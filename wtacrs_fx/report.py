@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import Unsupported
 from torch.fx import GraphModule
 
 from wtacrs_fx.config import Config
@@ -14,6 +13,7 @@ from wtacrs_fx.eager_trace import EagerStep, eager_step, held_storages
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.ledger import Ledger, Prediction, Saved
 from wtacrs_fx.passes.partition import many_graphs, partition
+from wtacrs_fx.private import Unsupported, explain
 from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, FakeRun, look_at
 
 
@@ -143,7 +143,7 @@ def _likeness(row: Saved) -> tuple:
 def _breaks(run: FakeRun, graphs: int) -> tuple[str, ...]:
     """Where the graph breaks are, by Dynamo's own account."""
     with run.mode:
-        explained = run.call(torch._dynamo.explain(run.model))
+        explained = run.call(explain(run.model))
     lines = [f"training graphs: {graphs}, joined here; graph breaks, where eager code runs:"]
     for reason in explained.break_reasons:
         frame = reason.user_stack[-1] if reason.user_stack else None

@@ -17,6 +17,7 @@ from torch import nn
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, ReportError
+from wtacrs_fx.files import replace_text
 from wtacrs_fx.ledger import LEVELS, Ledger
 from wtacrs_fx.presets import PRESETS, TASKS, build
 from wtacrs_fx.report import report
@@ -76,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace, traces: StepTraces, ledger: Ledger) -> int:
     print(ledger.table(args.level))
     if args.json:
-        args.json.write_text(ledger.to_json())
+        replace_text(args.json, ledger.to_json())
     if args.csv:
-        args.csv.write_text(ledger.to_csv())
+        replace_text(args.csv, ledger.to_csv())
     if args.plot:
         checked(ledger.plot, args.plot)
     traces.add(ledger)

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._pytree import tree_leaves
 
 from wtacrs_fx.backend import complaints
 from wtacrs_fx.config import Config
@@ -34,6 +32,7 @@ from wtacrs_fx.passes.products import (
     tensor_of,
 )
 from wtacrs_fx.passes.watch import watch
+from wtacrs_fx.private import FakeTensorMode, tree_leaves
 from wtacrs_fx.swap import SampledLinear
 
 _HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
@@ -66,6 +65,7 @@ def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> Grap
         ValueError: the graph was rewritten before; the example inputs do not fit; an option outside of its range.
     """
     config = Config.from_options(options)
+    config.refuse_state("rewrite()")
     check_traced(gm, "rewrite")
     result = share(gm)
     inputs = flatten_inputs(result, example_inputs)
@@ -282,7 +282,11 @@ def _entries(
             value = tensor_of(gm, product.operand(columns))
             shape = () if value is None else draw_shape(product, value, columns, gm)
             rows: Any = shape[-2] if shape else "?"
-            kept: Any = rows if product.reason or not shape else rows_kept(rows, config.ratio)
+            kept: Any = (
+                rows
+                if product.reason or not shape
+                else rows_kept(rows, config.ratio_of(shared or product.module) or 1.0)
+            )
             counted = value is not None and not shared and product.reason != FROZEN
             size = value.numel() * value.element_size() if counted and value is not None else 0
             matrices = torch.Size(shape[:-2]).numel()

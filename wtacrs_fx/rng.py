@@ -31,7 +31,21 @@ def next_seed(seed: int | None = None) -> int:
     MT19937 keeps 624 words of 32 bits, of which only 19937 bits are its state; the low 31 bits of word 0 are overwritten
     without being read when the next block of words is made. ``torch.manual_seed`` and ``torch.set_rng_state`` restore
     them, and with them the draws. An integer: the next number of a generator of its own, started at that seed.
+
+    In a process group of torch.distributed every rank draws numbers of its own, though all ranks are given one seed as a
+    rule: errors of rows drawn alike would not average out over ranks. Rank 0 draws as a single process does.
     """
+    return _next_seed(seed) ^ _of_rank()
+
+
+def _of_rank() -> int:
+    """63 bits that differ from rank to rank; 0 for rank 0 and where there is no process group."""
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if group else 0
+    return _mix_host(rank) >> 1 if rank else 0
+
+
+def _next_seed(seed: int | None) -> int:
     if seed is not None:
         if seed not in _private:
             _private[seed] = torch.Generator().manual_seed(seed)

@@ -3,39 +3,42 @@
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule
 
+from wtacrs_fx.files import replace_text
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.private import cache_dir, functorch_config, inductor_config
 
 if TYPE_CHECKING:
     from wtacrs_fx.backend import Partitioner
 
 
 @contextlib.contextmanager
-def ledger_of(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner") -> Iterator[None]:
+def ledger_of(
+    gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner", rebuild: Callable[[], object]
+) -> Iterator[None]:
     """Compile a graph inside. Ledgers made are stored; if none is made because the cache was warm, the stored ones are
-    published. A file that cannot be read counts as missing."""
+    published. Where their file is damaged, ``rebuild`` runs the partitioner once more, and the file is replaced."""
     before = len(partition_fn.ledgers)
     path = _path(gm, example_inputs, partition_fn)
     yield
-    made = partition_fn.ledgers[before:]
     if inductor_config.force_disable_caches:
         return
-    if made:
+    if len(partition_fn.ledgers) == before:
+        try:
+            for ledger in _read(path):
+                partition_fn.publish(ledger)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            rebuild()
+        else:
+            return
+    if made := partition_fn.ledgers[before:]:
         _write(path, [ledger.to_dict() for ledger in made])
-    else:
-        for ledger in _read(path):
-            partition_fn.publish(ledger)
 
 
 def _path(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partitioner") -> Path:
@@ -56,17 +59,16 @@ def _path(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partiti
 
 
 def _write(path: Path, data: Any) -> None:
-    """Replace the file at once, so that a process killed in between leaves the old one."""
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop training
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as f:
-            json.dump(data, f)
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(data))
 
 
 def _read(path: Path) -> list[Ledger]:
+    """The stored ledgers; none where there is no file. Raises ValueError, KeyError, TypeError or AttributeError if it is
+    damaged."""
     try:
-        return [Ledger.from_dict(d) for d in json.loads(path.read_text())]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = path.read_text()
+    except OSError:
         return []
+    return [Ledger.from_dict(d) for d in json.loads(text)]

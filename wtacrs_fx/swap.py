@@ -34,6 +34,7 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
         ValueError: a layer was swapped, or the model rewritten, before; an option outside of its range.
     """
     config = Config.from_options(options)
+    config.refuse_state("swap_linears()")
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_linears() takes a torch.nn.Module, not {type(model).__name__}.")
     modules = dict(model.named_modules())
@@ -48,9 +49,12 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
     left = {n: reason for n, m in admitted.items() if (reason := _why_exact(m))}
     chosen = {n: m for n, m in admitted.items() if n not in left}
     draws = SharedDraws()
-    for module in chosen.values():
+    for name, module in chosen.items():
+        sampler = RowSampler(config, module=name).train(
+            module.training
+        )  # (may refuse the options: nothing is changed then)
         module.__class__ = SampledLinear
-        module.wtacrs_sampler = RowSampler(config).train(module.training)
+        module.wtacrs_sampler = sampler
         object.__setattr__(module, "wtacrs_draws", draws)
     if left:
         reasons = ", ".join(f"{name!r} ({reason})" for name, reason in left.items())

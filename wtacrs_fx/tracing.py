@@ -8,16 +8,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from wtacrs_fx.backend import Partitioner, dynamo_names
+from wtacrs_fx.backend import Partitioner
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
-from wtacrs_fx.inductor import compile_inductor
+from wtacrs_fx.inductor import compile_inductor, uncompiled
+from wtacrs_fx.names import dynamo_names
+from wtacrs_fx.private import FakeTensor, FakeTensorMode, dynamo_config, functorch_config, tree_leaves, tree_map_only
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 T = TypeVar("T")
@@ -166,14 +164,6 @@ class _Looker(Partitioner, Generic[T]):
         if modules is None:
             raise _Stop
         return modules
-
-
-def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    """Stands for Inductor's compilation of a partitioned graph: the graph itself."""
-    from torch._functorch.aot_autograd import make_boxed_func
-
-    boxed: Callable[..., Any] = make_boxed_func(graph.forward)
-    return boxed
 
 
 def can_train(model: nn.Module, batch: Batch) -> None:

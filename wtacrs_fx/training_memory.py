@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.eager_trace import eager_step
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.partition import many_graphs
+from wtacrs_fx.private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from wtacrs_fx.report import partition_ledger
 from wtacrs_fx.tracing import Batch, FakeRun
 from wtacrs_fx.units import format_bytes, parse_bytes

@@ -1,0 +1,173 @@
+"""Squared errors of estimated weight gradients, from the rows of a layer's input and of its output's gradient.
+
+With S_i the total scale of row i in a draw, the error of ``sum_i S_i g_i h_i^T`` is ``E = sum_i v_i g_i h_i^T``, v = S - 1, so
+
+    |E|^2 = v^T K v,      K = (G G^T) * (H H^T)  [M, M],      |G^T H|^2 = 1^T K 1,
+
+and many draws cost one product with K each. Rounded rows add, for every kept slot j, ``s_j^2 |g_j|^2 r_j`` with r_j the
+expected squared rounding error of row j: roundings are independent of each other and of the draw.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import wtacrs_fx.ops  # noqa: F401  (registers stream_key)
+from wtacrs_fx.estimators import ESTIMATORS, Uniform, sanitize, winner_count
+from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
+
+AS_IS = 16
+"""Bits of rows that are not rounded: those of training in bfloat16."""
+
+BITS = (AS_IS, 8, 4)
+
+FLOOR = 0.01
+"""Share of the mean importance that every row has at least, where the gradient's norm is a guess."""
+
+INDEX_BYTES = 8
+"""Of every kept row."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one linear layer does in one step: input h [M, D], gradient g [M, O] of its output, float32; rows of equal
+    ``sequence`` [M] belong to one example."""
+
+    h: Tensor
+    g: Tensor
+    sequence: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """Rows that have a gradient [M]; the others are padding."""
+        return self.g.square().sum(1) > 0
+
+    def centred(self) -> "Layer":
+        """With the mean input over rows that have a gradient subtracted: the rest of ``sum g (h - mean)^T + (sum g) mean^T``
+        is exact."""
+        return Layer(self.h - self.h[self.real].mean(0), self.g, self.sequence)
+
+    def kernel(self) -> Tensor:
+        """K [M, M]."""
+        return (self.g @ self.g.T) * (self.h @ self.h.T)
+
+
+def row_bytes(width: int, bits: int) -> int:
+    """Bytes of one kept row of so many features, with its index and scales."""
+    if bits == AS_IS:
+        return 2 * width + INDEX_BYTES
+    return written_bytes((1, width), Format(bits, scale_bits=16)) + INDEX_BYTES
+
+
+def rows_for(bytes_of: int, width: int, bits: int, rows: int) -> int:
+    """How many rows in so many bits fit into the bytes of ``bytes_of`` rows as they are; at most all."""
+    return min(rows, bytes_of * row_bytes(width, AS_IS) // row_bytes(width, bits))
+
+
+def rounding_error(h: Tensor, bits: int, draws: int = 2) -> Tensor:
+    """Expected squared rounding error of every row [M], from ``draws`` roundings; 0 for rows as they are."""
+    total = torch.zeros(len(h))
+    if bits == AS_IS:
+        return total
+    form = Format(bits, scale_bits=16)
+    for i in range(draws):
+        key = torch.ops.wtacrs.stream_key(torch.tensor([i]), i)
+        total += (dequantise(quantise(h, key, form), h.shape, h.dtype, form) - h).square().sum(1) / draws
+    return total
+
+
+def generator(draws: int, seed: int) -> Uniform:
+    """Random numbers for so many draws at once."""
+    source = torch.Generator().manual_seed(seed)
+    return lambda stream, n: torch.rand(draws, n, generator=source, dtype=torch.float64)
+
+
+def by_sequence(uniform: Uniform, sequence: Tensor) -> Uniform:
+    """Numbers that put the rows of a sequence next to each other, sequences and rows in random order: systematic sampling
+    then takes from every sequence its share of rows, up to one."""
+    count = int(sequence.max()) + 1
+
+    def stratified(stream: int, n: int) -> Tensor:
+        numbers = uniform(stream, n)
+        if stream != 0:
+            return numbers
+        rank = uniform(2, count).argsort(-1)
+        return (rank[:, sequence] + numbers) / count
+
+    return stratified
+
+
+def draw_errors(
+    kernel: Tensor, importance: Tensor, k: int, estimator: str, uniform: Uniform, draws: int
+) -> tuple[float, Tensor]:
+    """Mean of ``v^T K v`` over the draws, and the mean of the summed squares of every row's scales [M]."""
+    rows, scale = ESTIMATORS[estimator](importance.expand(draws, -1), k, uniform)
+    v = torch.full((draws, kernel.shape[0]), -1.0).scatter_add_(1, rows, scale)
+    squares = torch.zeros(draws, kernel.shape[0]).scatter_add_(1, rows, scale.square())
+    return float(((v @ kernel) * v).sum() / draws), squares.mean(0)
+
+
+VARIANTS: Mapping[str, tuple[str, bool, bool]] = {
+    "crs": ("crs", False, False),
+    "wta_crs": ("wta_crs", False, False),
+    "topk": ("topk", False, False),
+    "systematic": ("systematic", False, False),
+    "systematic, mean": ("systematic", True, False),
+    "systematic, by sequence": ("systematic", False, True),
+}
+"""Name -> estimator, with the mean as a control variate, stratified by sequence."""
+
+
+def layer_errors(
+    layer: Layer, gradient_norms: Mapping[str, Tensor], ratios: tuple[float, ...], draws: int, seed: int
+) -> dict[str, float]:
+    """Relative squared errors "variant/source/ratio/rows/bits", where rows is "rows" (``ratio`` of all) or "bytes" (as many
+    as the bytes of those rows hold in so many bits).
+
+    Args:
+        layer: one layer in one step.
+        gradient_norms: norm source -> what it takes for the norms of the gradient's rows [M].
+        ratios: shares of rows.
+        draws: of every estimator.
+        seed: of the draws.
+    """
+    layers = {False: layer, True: layer.centred()}
+    kernels = {mean: x.kernel() for mean, x in layers.items()}
+    whole = float(kernels[False].double().sum())
+    noise = {
+        (mean, bits): x.g.square().sum(1) * rounding_error(x.h, bits) / whole
+        for mean, x in layers.items()
+        for bits in BITS
+    }
+    rows, width = layer.h.shape
+    result: dict[str, float] = {}
+    for name, (estimator, mean, stratified) in VARIANTS.items():
+        norms = layers[mean].h.norm(dim=1)
+        for source, guess in gradient_norms.items():
+            weights = norms * guess
+            weights = weights if source == "true" else weights.clamp_min(FLOOR * float(weights.mean()))
+            for ratio in ratios:
+                k = math.ceil(ratio * rows)
+                found: dict[int, tuple[float, Tensor]] = {}
+                for bits in BITS:
+                    fit = rows_for(k, width, bits, rows)
+                    for kind, count in (("rows", k), ("bytes", fit)):
+                        if count not in found:
+                            uniform = generator(draws, seed)
+                            uniform = by_sequence(uniform, layer.sequence) if stratified else uniform
+                            error, squares = draw_errors(kernels[mean], weights, count, estimator, uniform, draws)
+                            found[count] = error / whole, squares
+                        error, squares = found[count]
+                        result[f"{name}/{source}/{ratio:g}/{kind}/{bits}"] = error + float(squares @ noise[mean, bits])
+    return result
+
+
+def condition(importance: Tensor, k: int) -> tuple[int, float]:
+    """|C| of WTA-CRS and the mass of C: the paper's variance bound is below that of CRS if the mass is above |C| / k
+    (Liu et al., theorem 2)."""
+    w, _ = sanitize(importance).sort(descending=True)
+    winners = int(winner_count(w, k))
+    return winners, float(w[:winners].sum() / w.sum())

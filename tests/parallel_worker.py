@@ -1,0 +1,132 @@
+"""What each of two processes of ``tests/test_parallel.py`` runs: ``python parallel_worker.py TASK RANK FOLDER``."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import wtacrs_fx
+from wtacrs_fx import Backend
+
+from helpers import SMALL, Transformer, transformer_batch
+
+KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
+
+
+def model_and_batch(rank, width=64):
+    torch.manual_seed(0)
+    return Transformer(width=width, layers=2), transformer_batch(seed=rank, width=width)
+
+
+def grads(model):
+    full = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in full.items()}
+
+
+def ddp(rank, ratio=0.9999, seed=None, buckets=25, width=64):
+    model, batch = model_and_batch(rank, width)
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=buckets)
+    backend = Backend(**{**KEEP_ALL, "ratio": ratio, "seed": seed})
+    compiled = torch.compile(wrapped, backend=backend)
+    compiled(*batch).backward()
+    names = sorted({e.module for x in backend.ledgers for e in x.entries if e.decision != "exact"})
+    return {"grads": grads(model), "graphs": len(backend.ledgers), "sampled": names}
+
+
+def fsdp(rank, whole=False):
+    from torch.distributed.fsdp import fully_shard
+
+    model, batch = model_and_batch(rank)
+    backend = Backend(**KEEP_ALL)
+    for block in model.blocks:
+        if not whole:
+            block.compile(backend=backend)
+        fully_shard(block)
+    fully_shard(model)
+    call = torch.compile(model, backend=backend) if whole else model
+    call(*batch).backward()
+    names = sorted({e.module for x in backend.ledgers for e in x.entries if e.decision != "exact"})
+    return {"grads": grads(model), "graphs": len(backend.ledgers), "sampled": names}
+
+
+def draws(rank):
+    """The error of each rank's own gradient on the same batch from the same seed, without any averaging."""
+    errors = []
+    for seed in (None, 7):
+        torch.manual_seed(0)
+        model, batch = Transformer(layers=1), transformer_batch()
+        torch.manual_seed(5)
+        torch._dynamo.reset()
+        torch.compile(model, backend=Backend(**{**KEEP_ALL, "ratio": 0.3, "seed": seed}))(*batch).backward()
+        errors.append(model.blocks[0].up.weight.grad.clone())
+    return {"sampled": errors}
+
+
+def diverged(rank):
+    model, batch = model_and_batch(rank)
+    if rank == 1:
+        dist.barrier()
+    message = ""
+    try:
+        torch.compile(model, backend=Backend(**{**KEEP_ALL, "ratio": 0.3 + 0.2 * rank}))(*batch).backward()
+    except Exception as error:
+        message = str(error)
+    if rank == 0:
+        dist.barrier()
+    torch._dynamo.reset()  # verbose and seed may differ
+    torch.compile(Transformer(layers=1), backend=Backend(**{**KEEP_ALL, "seed": rank}))(*batch).backward()
+    return {"message": message}
+
+
+def tensor_parallel(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model, batch = model_and_batch(0)
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    try:
+        torch.compile(model, backend=Backend(**KEEP_ALL))(*batch).backward()
+    except Exception as error:
+        return {"message": str(error)}
+    return {"message": "", "grads": grads(model)}
+
+
+def accelerate(rank):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    model, batch = model_and_batch(rank)
+    backend = Backend(**KEEP_ALL)
+    model.compile(backend=backend)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=1)])
+    wrapped = accelerator.prepare(model)
+    accelerator.backward(wrapped(*batch))
+    state = accelerator.unwrap_model(wrapped).state_dict()
+    return {
+        "grads": grads(model),
+        "graphs": len(backend.ledgers),
+        "sampled": [e.module for e in backend.ledger.entries if e.decision != "exact"],
+        "keys": [k for k in state if "_orig_mod" in k],
+    }
+
+
+def main(task, rank, folder):
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    name, _, arguments = task.partition(":")
+    dist.init_process_group("gloo")
+    result = globals()[name](int(rank), **json.loads(arguments or "{}"))
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert wtacrs_fx
+    main(*sys.argv[1:])

@@ -1,0 +1,56 @@
+"""The benchmark of accuracy: its data, its statistics, and one small run that is resumed."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from wtacrs_fx.benchmarks import accuracy
+from wtacrs_fx.benchmarks.accuracy import Text, joined, paired, read_tab, render
+
+
+def result(arm: str, ratio: float, seed: int, correct: list[int]) -> dict:
+    numbers = {"losses": [0.5], "seconds": 1.0, "saved_bytes": 1, "saved_bytes_exact": 2, "padding": 0.4}
+    return {"data": "movies48", "arm": arm, "ratio": ratio, "seed": seed, "correct": correct, **numbers}
+
+
+def test_differences_are_paired():
+    exact = {s: result("exact", 1.0, s, [1, 1, 0, 0] * 25) for s in (0, 1)}
+    ours = {0: result("ours", 0.3, 0, [1, 1, 0, 0] * 24 + [1, 1, 1, 1]), 1: result("ours", 0.3, 1, [1, 1, 0, 0] * 25)}
+    flat = torch.tensor([0.0] * 198 + [1.0, 1.0])
+    by_item = 100 * float(flat.std()) / math.sqrt(200)
+    assert paired(ours, exact) == f"+1.00 (1.00; {by_item:.2f})"
+    assert paired({5: ours[0]}, exact) == ""
+    table = render([*exact.values(), *ours.values()])
+    assert "| 0.510 ± 0.010 |" in table
+    assert "+1.00 (1.00" in table
+
+
+def test_texts_are_joined_by_class():
+    texts = [Text("a b", 0), Text("x", 1), Text("c d", 0), Text("y z", 1), Text("e", 0)]
+    assert joined(texts, 3) == [Text("a b c", 0), Text("x y z", 1)]
+
+
+def test_tables_of_orange(tmp_path):
+    path = tmp_path / "r8-train.tab"
+    path.write_text('category\ttext\nd\tstring\nclass\tmeta\nearn\t"net up\tagain"\nacq\tbuys shares of the other\n')
+    names: dict[str, int] = {}
+    assert read_tab(path, names) == [Text("net up\tagain", 0), Text("buys shares of the other", 1)]
+    assert names == {"earn": 0, "acq": 1}
+
+
+def test_runs_are_resumed(tmp_path, monkeypatch, capsys):
+    sizes = {"examples": 16, "batch-size": 16, "epochs": 1, "length": 16, "test-items": 4}
+    small = ["--inner", "eager", *(x for k, v in sizes.items() for x in (f"--{k}", str(v)))]
+    monkeypatch.setattr("sys.argv", ["accuracy", *small, "--arms", "ours", "--out", str(tmp_path)])
+    accuracy.main()
+    files = sorted((tmp_path / "accuracy").glob("*.json"))
+    assert [f.name for f in files] == ["movies16_ours_0.3_0.json"]
+    ours = json.loads(files[0].read_text())
+    assert len(ours["losses"]) == 1
+    assert len(ours["correct"]) == 4
+    assert ours["rows_of_padding"].keys() <= {"zero", "unknown"}
+    monkeypatch.setattr(accuracy, "run", lambda *_: pytest.fail("what is there is not run again"))
+    accuracy.main()
+    assert "ours 0.3" in capsys.readouterr().out

@@ -1,0 +1,35 @@
+"""What Inductor makes of rounding: codes are made inside of one kernel, and nothing as large as the tensor is written."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+from wtacrs_fx.inductor import ROUNDED
+from wtacrs_fx.rounding import Format, quantise
+
+SHAPE = (8, 32, 256)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_codes_are_made_in_registers(bits):
+    """Of an operand with operations of its own. Allocated are what is returned: the codes, and a range per group."""
+
+    def rounded(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        return quantise(F.gelu(x), key, Format(bits))
+
+    torch.manual_seed(0)
+    x, key = torch.randn(SHAPE), torch.tensor([1, 2], dtype=torch.int32)
+    torch._dynamo.reset()
+    found, (code,) = run_and_get_code(torch.compile(rounded, options=ROUNDED), x, key)
+    allocated = re.findall(r"= empty_strided_cpu\(\(([\d, ]*)\), .*torch\.(\w+)\)", code)
+    sizes = [math.prod(map(int, filter(None, shape.split(", ")))) for shape, _ in allocated]
+    assert len(sizes) >= 3, code
+    wide = [a for a, size in zip(allocated, sizes) if a[1] != "uint8" and size >= x.numel() // 8]
+    assert not wide, f"{bits} bits: {wide}"
+    differ = (found[0] != rounded(x, key)[0]).float().mean()
+    assert differ < 1e-3  # (where the last bit of gelu decides between two codes)

@@ -1,0 +1,164 @@
+"""``wtacrs_fx.calibrate``: how many rows each layer should keep, measured on a few batches."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+
+from wtacrs_fx.config import Config
+from wtacrs_fx.errors import ReportError
+from wtacrs_fx.meter import GRID, Draw, Meter
+from wtacrs_fx.noise import allocate, smallest_within
+from wtacrs_fx.report import partition_ledger
+from wtacrs_fx.tracing import Batch, FakeRun, can_train
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What was decided for the layers that read one input."""
+
+    modules: tuple[str, ...]
+    decision: str
+    ratio: float
+    noise: float
+    """Relative squared error of the weight gradient, ``E|G' - G|^2 / |G|^2``, at this ratio."""
+    batch_noise: float
+    """The same for the batch's own noise: what another batch would change."""
+
+    @property
+    def share(self) -> float:
+        """Added variance over the batch's own."""
+        return self.noise / self.batch_noise if self.batch_noise else 0.0 if not self.noise else float("inf")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ratios for the option of that name, and why."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Module -> ratio, for ``options={"ratio": ...}``. Modules that are not named stay exact."""
+        return {m: layer.ratio for layer in self.layers for m in layer.modules}
+
+    def table(self) -> str:
+        """One line per draw."""
+        rows = [
+            (
+                layer.modules[0] + (f" and {len(layer.modules) - 1} more" if len(layer.modules) > 1 else ""),
+                layer.decision,
+                f"{layer.ratio:g}",
+                f"{layer.noise:.2g}",
+                f"{layer.batch_noise:.2g}",
+                f"{layer.share:.3g}",
+            )
+            for layer in self.layers
+        ]
+        headers = ("layer", "decision", "ratio", "rel. squared error", "of the batch itself", "share")
+        return tabulate(rows, headers, disable_numparse=True)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    ratio: float | None = None,
+    noise: float | None = None,
+    **options: Any,
+) -> Calibration:
+    """Measure on real batches how noisy each sampled weight gradient would be, and choose a ratio for each.
+
+    The batches are run through the exact forward and backward in eager mode, so that they should be as small as fits: noise
+    and the batch's own variance grow alike with the number of sequences. Nothing of the model changes but what its forward
+    changes; gradients in ``.grad`` and the random generators are left as they are.
+
+    With ``noise`` every layer gets the least ratio at which its added variance is at most that share of the variance that the
+    batch itself gives to its weight gradient, estimated from the spread of the gradients of single sequences: what training
+    tolerates anyhow (VCAS, ICLR 2024). Where that takes all rows, the layer stays exact. With ``ratio`` the bytes of keeping
+    that share everywhere are spread over the layers for the least total variance (FLOPs in place of bytes where rows are
+    chosen in the backward); 0.3 if neither is given.
+
+    Args:
+        model: in training mode, on its device.
+        batches: a few, each as for :func:`wtacrs_fx.report`, with the same number of sequences, at least 2, as the first
+            dimension of its tensors.
+        ratio, noise: one of them.
+        options: the other fields of :class:`wtacrs_fx.Config`, as they will be given to the backend.
+
+    Raises:
+        ReportError: no batches, fewer than two sequences, or nothing that is sampled.
+        TypeError, ValueError: as Config does; also if both ``ratio`` and ``noise`` are given, or one is out of its range.
+    """
+    config = _config(ratio, noise, options)
+    with _uncompiled(model):
+        meter, late = Meter(model, config), None
+        for batch in batches:
+            can_train(model, batch)
+            if late is None:
+                ledger = partition_ledger(FakeRun.of(model, batch), config)
+                late = {e.module for e in ledger.entries if e.decision == "late"}
+            meter.add(batch)
+    if late is None:
+        raise ReportError("batches is empty: give at least one batch to measure on.")
+    if not meter.draws:
+        raise ReportError(
+            "nothing is sampled on these batches, so there is no ratio to choose: see min_rows, min_bytes, exclude."
+        )
+    for draw in meter.draws:
+        draw.late = any(module in late for module in draw.modules)
+    return choose(meter.draws, ratio=0.3 if ratio is None else ratio, noise=noise)
+
+
+def choose(draws: Sequence[Draw], *, ratio: float, noise: float | None) -> Calibration:
+    """The ratio of every draw from what was measured."""
+    chosen: dict[int, float] = {}
+    if noise is not None:
+        chosen = {i: smallest_within(m.curve, GRID, noise * max(m.batch_noise, 0.0)) for i, m in enumerate(draws)}
+    else:
+        for late in (False, True):
+            some = [i for i, m in enumerate(draws) if m.late is late]
+            costs = [float(draws[i].flops if late else draws[i].bytes) for i in some]
+            found = allocate([draws[i].curve for i in some], costs, GRID, ratio * sum(costs))
+            chosen |= dict(zip(some, found))
+    layers = []
+    for i, m in enumerate(draws):
+        size = max(m.norm, 1e-300)
+        layers.append(
+            Layer(
+                modules=tuple(dict.fromkeys(m.modules)),
+                decision="exact" if chosen[i] == 1 else "late" if m.late else "early",
+                ratio=chosen[i],
+                noise=m.curve[GRID.index(chosen[i])] / size,
+                batch_noise=max(m.batch_noise, 0.0) / size,
+            )
+        )
+    return Calibration(tuple(layers))
+
+
+def _config(ratio: float | None, noise: float | None, options: Mapping[str, Any]) -> Config:
+    if ratio is not None and noise is not None:
+        raise ValueError(f"ratio={ratio!r} and noise={noise!r}: give one of the two, a budget of rows or one of noise.")
+    if noise is not None and (isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 < noise < 1e3):
+        raise ValueError(f"noise={noise!r}: expected a share of the batch's own variance, such as 0.05.")
+    if ratio is not None and not isinstance(ratio, (int, float)):
+        raise TypeError(f"ratio={ratio!r}: expected one number, the share of rows to spread over the layers.")
+    config = Config.from_options({**options, "ratio": 0.3 if ratio is None or ratio == 1 else ratio})
+    if config.attention:
+        raise ValueError("attention=True: only weight gradients are measured; calibrate without it.")
+    if config.estimator == "topk":
+        raise ValueError("estimator='topk': it has a bias, which no share of the variance bounds; choose another one.")
+    return config
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Without what ``model.compile()`` has put in the place of the model's forward."""
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled

@@ -1,0 +1,91 @@
+"""Checks of options: each raises an error that names the value and what was expected."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from wtacrs_fx.units import parse_bytes
+
+
+def as_patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    if not isinstance(value, (tuple, list)) or not all(isinstance(p, str) for p in value):
+        raise TypeError(
+            f"{name}={value!r}: expected a pattern or a list of patterns over module names, e.g. '*.query'."
+        )
+    return tuple(value)
+
+
+def as_ratios(value: Any) -> float | dict[str, float]:
+    expected = "a number with 0 < ratio <= 1, such as 0.3"
+    if value == "auto":
+        raise ValueError(
+            "ratio='auto': shares are measured on your data, ratios = wtacrs_fx.calibrate(model, batches, ratio=0.3).ratios, "
+            "and given as options={'ratio': ratios}; wtacrs_fx.NoiseBudget does both while you train."
+        )
+    if not isinstance(value, Mapping):
+        check_number("ratio", value, float, lambda r: 0 < r <= 1, f"{expected}, or a dict of such numbers by module")
+        return value
+    if not value or not all(isinstance(p, str) for p in value):
+        raise TypeError(
+            f"ratio={value!r}: expected {expected}, or a dict of them by pattern, e.g. {{'*.query': 0.1, '*': 0.3}}."
+        )
+    for pattern, share in value.items():
+        check_number(f"ratio[{pattern!r}]", share, float, lambda r: 0 < r <= 1, expected)
+    return dict(value)
+
+
+def as_inductor_options(value: Any) -> dict[str, Any]:
+    if value == ():
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"inductor={value!r}: expected a dict of Inductor options, e.g. {{'max_autotune': True}}.")
+    if "custom_partitioner_fn" in value:
+        raise ValueError(
+            "inductor={'custom_partitioner_fn': ...}: wtacrs is itself the partitioner; remove this option, or call "
+            "wtacrs_fx.partitioner(...) from your own."
+        )
+    return dict(value)
+
+
+def check_budget(value: Any) -> None:
+    expected = (
+        "None, 'auto', a float in (0, 1] (share of the exact peak), or bytes as an int or a string such as '12GiB'"
+    )
+    if value is None or value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError(f"memory_budget={value!r}: expected {expected}.")
+    if isinstance(value, str):
+        try:
+            number: float = parse_bytes(value)
+        except ValueError as error:
+            raise ValueError(f"memory_budget={value!r}: expected {expected}.") from error
+    else:
+        number = value
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"memory_budget={value!r}: expected {expected}.")
+    if isinstance(value, int) and 0 < value < 1024:
+        raise ValueError(
+            f"memory_budget={value!r}: an int is a number of bytes, and this is less than 1 KiB; a share of the exact peak is "
+            f"a float, {float(value)}."
+        )
+    if not number > 0:
+        raise ValueError(f"memory_budget={value!r}: expected {expected}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
+
+
+def check_number(name: str, value: Any, kind: type, ok: Any, expected: str) -> None:
+    allowed = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise TypeError(f"{name}={value!r}: expected {expected}.")
+    if not math.isfinite(value) or not ok(value):
+        raise ValueError(f"{name}={value!r}: expected {expected}.")
