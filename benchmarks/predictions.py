@@ -85,7 +85,9 @@ def measure_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
         overrides={**overrides, **shape},
         device=args.device,
     )
-    if "loss_type" in overrides:  # (transformers looks at the class's name alone, and warns, which would break the graph)
+    if (
+        "loss_type" in overrides
+    ):  # (transformers looks at the class's name alone, and warns, which would break the graph)
         model.loss_type = overrides["loss_type"]
     measured: dict[str, int] = {}
     predicted: dict[str, int] = {}

@@ -40,6 +40,7 @@ def test_tables_of_orange(tmp_path):
     assert names == {"earn": 0, "acq": 1}
 
 
+@pytest.mark.long
 def test_runs_are_resumed(tmp_path, monkeypatch, capsys):
     sizes = {"examples": 16, "batch-size": 16, "epochs": 1, "length": 16, "test-items": 4}
     small = ["--inner", "eager", *(x for k, v in sizes.items() for x in (f"--{k}", str(v)))]

@@ -31,6 +31,7 @@ def test_learning_rate_rises_and_falls():
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_arms_start_alike_and_are_not_trained_twice(tmp_path):
     options = "--steps 3 --layers 1 --width 64 --batch-size 2 --length 32 --bits 8 --inner eager --out"

@@ -69,7 +69,7 @@ def test_before_torch_has_a_class_for_it(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("regions", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_only_where_something_is_computed_again(monkeypatch, regions):
     """Plans run in order, and so do the user's checkpoint regions; nothing else does. Gradients are the exact ones."""
     calls = []

@@ -204,6 +204,7 @@ def test_directional_derivative_with_dropout(budget):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_torchs_own_budget_keeps_the_masks():
     """``activation_memory_budget`` draws dropout afresh in the backward; not in graphs that this backend partitions."""
