@@ -192,9 +192,9 @@ def find_newsgroups() -> Path:
 
 
 def read_newsgroups(path: Path) -> list[tuple[str, int]]:
-    """(text, group) of every message of a tab-separated file with three lines of header."""
+    """(text, group) of every message of a tab-separated file with three lines of header, and perhaps empty ones."""
     csv.field_size_limit(10**7)
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t"))[3:]
+        rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]  # (an empty line follows the header)
     groups = {group: i for i, group in enumerate(sorted({row[0] for row in rows}))}
     return [(text, groups[group]) for group, text in rows]
