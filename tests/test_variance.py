@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wtacrs_fx.benchmarks import variance
+from wtacrs_fx.benchmarks import variance, variance_data
 from wtacrs_fx.benchmarks.variance_data import Task, Watch
 from wtacrs_fx.benchmarks.variance_errors import (
     AS_IS,
@@ -145,3 +145,9 @@ def test_results_are_kept_and_read_again(tmp_path, monkeypatch, capsys):
     assert "25 % padding, 32 rows, 1 layers" in text
     base, ours = (variance.medians(result)[f"{n}/sample/0.3/rows/16"] for n in ("wta_crs", "systematic"))
     assert f"{ours / base:.3f}" in text
+
+
+def test_newsgroups_are_read_behind_their_header(tmp_path):
+    path = tmp_path / "news.tab"
+    path.write_text("Category\tText\nd\tstring\nclass\tmeta\n\nsci\tlight\nrec\t'goals'\nsci\tmass\n", encoding="utf-8")
+    assert variance_data.read_newsgroups(path) == [("light", 1), ("'goals'", 0), ("mass", 1)]
