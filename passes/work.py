@@ -23,7 +23,7 @@ from wtacrs_fx.passes.budget import (
     predict,
     report_miss,
     roofline_of,
-)  # fmt: skip
+)
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws

@@ -29,7 +29,7 @@ class NoiseBudget:
         every: steps between measurements.
         recompilations: beyond the first compilation.
         change: what a ratio must differ by, as a share of it.
-        sequences: of a batch that are measured on, at least 2. They are trained exactly for one step, in eager mode.
+        sequences: of a batch that are measured on, at least 2: one exact forward and backward of them, in eager mode.
         options: the other fields of :class:`wtacrs_fx.Config`.
 
     Raises: ValueError: every, sequences or recompilations out of their range; later what ``calibrate`` raises.
