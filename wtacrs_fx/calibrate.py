@@ -82,8 +82,8 @@ def calibrate(
     that share everywhere are spread over the layers for the least total variance (FLOPs in place of bytes where rows are
     chosen in the backward); 0.3 if neither is given.
 
-    Rows that are chosen in the forward are taken to be chosen by the norms of the input alone: with ``norms`` or ``padding`` among
-    the options the noise is less than is said here.
+    Rows that are chosen in the forward are taken to be chosen by the norms of the input alone: with ``norms`` or ``padding``
+    among the options the noise is less than is said here.
 
     Args:
         model: in training mode, on its device.
