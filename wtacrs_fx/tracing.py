@@ -186,14 +186,21 @@ def can_train(model: nn.Module, batch: Batch) -> None:
 
 
 def _check_support(name: str | torch.device) -> None:
-    """Fake tensors of a device need none, but autograd ends the process where torch was built without it."""
+    """Fake tensors of a device need none, but their operations need a build of torch that knows it: others raise in the middle
+    of a trace, and autograd ends the process."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ReportError(f"device={name!r}: expected a device of torch, such as 'cpu' or 'cuda'.") from error
-    if device.type == "cuda" and not torch.backends.cuda.is_built():
+    try:
+        with FakeTensorMode():
+            torch.empty(2, 2, device=device)[:1].sum()
+        known = device.type != "cuda" or torch.backends.cuda.is_built()
+    except (RuntimeError, AttributeError):  # "PyTorch is not linked with support for ... devices"; no module torch.hpu
+        known = False
+    if not known:
         raise ReportError(
-            f"device={str(device)!r}: torch {torch.__version__} is built without CUDA, and its autograd has no CUDA tensors, "
-            "not even fake ones. Install a build of torch with CUDA, or leave device out: what is saved differs between "
-            "devices only where kernels do, such as fused attention."
+            f"device={str(device)!r}: torch {torch.__version__} is built without {device.type.upper()}, and has no operations "
+            "for its tensors, not even for fake ones. Install a build of torch with it, or leave device out: what is saved "
+            "differs between devices only where kernels do, such as fused attention."
         )
