@@ -252,3 +252,14 @@ def test_devices_that_this_torch_was_built_without_are_refused(device, monkeypat
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     with pytest.raises(ReportError, match=f"device='{device}': torch .* is built without {device.upper()}"):
         wtacrs_fx.report(Mlp(), torch.ones(8, 64), device=device)
+
+
+def test_a_device_that_autograd_needs_and_the_machine_has_not_is_refused(monkeypatch):
+    """torch 2.13 with CUDA on a machine without a GPU: operations on fake tensors work, autograd does not."""
+
+    def grad(*args):
+        raise RuntimeError("hasPrimaryContext expects a valid device index, but got device_index=0")
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    with pytest.raises(ReportError, match="has no autograd for its tensors without such a device"):
+        wtacrs_fx.report(Mlp(), torch.ones(8, 64), device="cpu")
