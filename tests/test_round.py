@@ -91,11 +91,13 @@ def test_kinds_of_sites(kind):
         assert rms < 1.5, f"{name}: z rms {rms:.2f}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gelu_tanh", "swiglu", "geglu", "new_gelu", "silu", "softplus", "elu"])
-def test_several_factors_become_one(kind):
-    """One tensor for the derivative, however it is written, beside those of the other operands."""
+def test_several_factors_become_one(kind, dtype):
+    """One tensor for the derivative, however it is written and in whichever types it is computed, beside those of the other
+    operands."""
     torch.manual_seed(0)
-    model, x = Unit(kind), torch.randn(32, 128)
+    model, x = Unit(kind).to(dtype), torch.randn(32, 128, dtype=dtype)
     backend = Backend(**{**ROUNDED, "round_bits": 8})
     found = compiled_gradients(model, (x,), backend)
     pointwise = [c for c in backend.ledger.compressed if "mm" not in c.readers]
