@@ -1,7 +1,7 @@
 """List what two partitions of one graph hold for the backward, tensor by tensor, in the terms of the model's code."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,6 +19,17 @@ Partition = tuple[GraphModule, GraphModule]
 draw_seed = torch.ops.wtacrs.draw_seed.default
 
 
+@dataclass(frozen=True)
+class Held:
+    """A tensor in fewer bits: ``written`` is what the backward is given in its place."""
+
+    tensor: Node
+    bits: int
+    written: Sequence[Node]
+    readers: Sequence[Node]
+    """Operations of the backward that read it, where they are known by their function in the forward."""
+
+
 def saved_list(
     plan: Sequence[Decision],
     done: Sampled,
@@ -26,34 +37,41 @@ def saved_list(
     partition: Partition,
     num_fwd_outputs: int,
     weights: Collection[str],
-    compressed: Collection[str],
+    compressed: Sequence[Held],
+    relieved: Collection[str] = (),
 ) -> list[Saved]:
-    """Everything that either partition holds, in the order of the forward; the kept rows of a tensor count as the tensor.
+    """Everything that either partition holds, in the order of the forward; the kept rows of a tensor count as the tensor, and
+    so do its codes and scales, or packed bits. Tensors named in ``relieved`` are not needed because others, computed from
+    them, are ``compressed``.
 
     A storage counts once, at the first of the tensors that share it, so that the sums are those of
-    :func:`wtacrs_fx.passes.account.saved_bytes`. Tensors named in ``compressed`` are held in fewer bits, which are a tensor
-    of their own.
+    :func:`wtacrs_fx.passes.account.saved_bytes`.
     """
-    whole = {d.base.name: d.base for d in plan}
-    owner = {n.name: base for n, base in _stand_ins(plan, done)}
+    fewer = {view_base(c.tensor).name: c for c in compressed}
+    whole = {name: view_base(c.tensor) for name, c in fewer.items()} | {d.base.name: d.base for d in plan}
+    owner = {n.name: name for name, c in fewer.items() for n in c.written}
+    owner |= {n.name: base for n, base in _stand_ins(plan, done)}
     sampled = set(owner.values())
     products = {d.site.node.name for d in plan}
     rows: dict[str, Saved] = {}
+    names = dict.fromkeys(n.name for forward, _ in (exact, partition) for n in forward.graph.nodes)
+    order = {name: i for i, name in enumerate(names)}
     for (forward, backward), field in ((exact, "bytes_exact"), (partition, "bytes_now")):
         for node, placeholder, nbytes in _storages(forward, backward, num_fwd_outputs, weights):
             base = view_base(node)
             name = owner.get(placeholder.name, base.name)
+            order.setdefault(name, order[node.name])  # (a derivative has another name in the forward)
             row = rows.get(name) or _describe(whole.get(name, base))
             if field == "bytes_exact" or not row.bytes_exact:
                 needed = dict.fromkeys((*row.needed_by, *_readers(placeholder, products)))
                 row = replace(row, needed_by=() if name in sampled and field == "bytes_now" else tuple(needed))
             rows[name] = replace(row, **{field: getattr(row, field) + nbytes})
     decisions = {d.base.name: d for d in sorted(plan, key=lambda d: d.action is not Action.EXACT)}
-    names = dict.fromkeys(n.name for forward, _ in (exact, partition) for n in forward.graph.nodes)
-    order = {name: i for i, name in enumerate(names)}
-    named = sorted(rows.items(), key=lambda item: order.get(item[0], -1))
+    named = sorted(rows.items(), key=lambda item: order[item[0]])
     return [
-        _judge(row, decisions.get(name), name in compressed) for name, row in named if row.bytes_exact or row.bytes_now
+        _judge(row, decisions.get(name), fewer.get(name), name in relieved)
+        for name, row in named
+        if row.bytes_exact or row.bytes_now
     ]
 
 
@@ -97,14 +115,18 @@ def _describe(node: Node) -> Saved:
     )
 
 
-def _judge(row: Saved, decision: Decision | None, compressed: bool) -> Saved:
+def _judge(row: Saved, decision: Decision | None, held: Held | None, relieved: bool) -> Saved:
     """The row with what was decided about it, or what the partition has made of it."""
+    if held is not None:
+        row = replace(row, needed_by=tuple(dict.fromkeys(map(_function, held.readers))) or row.needed_by)
     if decision is None or decision.action is Action.EXACT:
         reason = decision.reason if decision else ""
         if row.op == "draw_seed":
             reason = "what the rows' draws start from"
-        elif not row.bytes_now and compressed:
-            reason = "held in fewer bits"
+        elif held is not None:
+            reason = f"held in {held.bits} bit{'s' * (held.bits > 1)}"
+        elif not row.bytes_now and relieved:
+            reason = "what is computed from it is held in fewer bits"
         elif not row.bytes_now:
             reason = "computed again in the backward"
         elif not row.bytes_exact:

@@ -198,11 +198,26 @@ def test_symbolic_sizes_are_printed_as_symbols():
     assert backend.ledger.summary().endswith(f"{symbol}=128")
 
 
-def test_masks_are_said_to_be_held_in_fewer_bits():
+def test_masks_are_said_to_be_held_in_one_bit():
     ledger = wtacrs_fx.report(Transformer(dropout=0.1), transformer_batch(), **SMALL)
-    packed = [t for t in ledger.tensors if t.reason == "held in fewer bits"]
+    packed = [t for t in ledger.tensors if t.reason == "held in 1 bit"]
     assert len(packed) == len(ledger.compressed) > 0
-    assert all(t.dtype == "bool" and t.bytes_exact and not t.bytes_now for t in packed)
+    assert all(t.dtype == "bool" and t.bytes_exact == 8 * t.bytes_now for t in packed)
+
+
+def test_rounded_tensors_have_lines_of_their_own():
+    """Of a derivative, which exact training does not hold; of an input that it does; and of what is not needed any more."""
+    ledger = wtacrs_fx.report(Mlp(), torch.randn(128, 64), **{**SMALL, "ratio": 1.0, "round_bits": 4})
+    bits = [t for t in ledger.tensors if t.reason.startswith("held in 4 bits")]
+    assert len(bits) == sum(c.bits == 4 for c in ledger.compressed) == 5
+    assert {(t.op, t.bytes_exact > 0, t.needed_by) for t in bits} == {
+        ("gelu", True, ("Linear",)),
+        ("gelu", False, ("gelu",)),
+    }
+    assert all(t.bytes_now == 128 * 64 // 2 + 2 * 4 * 128 for t in bits)
+    gone = [t for t in ledger.tensors if t.reason == "what is computed from it is held in fewer bits"]
+    assert [t.module for t in gone] == ["layers.0", "layers.1", "layers.2"]
+    assert sum(t.bytes_now for t in ledger.tensors) == ledger.saved_bytes
 
 
 def test_modules_of_adapters_have_their_own_names():
