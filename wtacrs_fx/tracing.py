@@ -192,23 +192,26 @@ def _check_support(name: str | torch.device) -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise ReportError(f"device={name!r}: expected a device of torch, such as 'cpu' or 'cuda'.") from error
-    missing = f"is built without {device.type.upper()}, and has no operations for its tensors, not even for fake ones"
-    cure = f"Install a build of torch with {device.type.upper()}"
+    built = device.type != "cuda" or torch.backends.cuda.is_built()
+    if not (built and _works(lambda: torch.empty(2, 2, device=device)[:1].sum())):
+        raise ReportError(
+            f"device={str(device)!r}: torch {torch.__version__} is built without {device.type.upper()}, and has no operations "
+            "for its tensors, not even for fake ones. Install a build of torch with it, or leave device out: what is saved "
+            "differs between devices only where kernels do, such as fused attention."
+        )
+    if not _works(lambda: torch.autograd.grad((x := torch.empty(2, device=device, requires_grad=True)).sum(), x)):
+        raise ReportError(
+            f"device={str(device)!r}: torch {torch.__version__} has no autograd for its tensors without such a device. Use a "
+            "machine that has one, or leave device out: what is saved differs between devices only where kernels do, such as "
+            "fused attention."
+        )
+
+
+def _works(function: Callable[[], Any]) -> bool:
+    """Whether it runs on fake tensors."""
     try:
         with FakeTensorMode():
-            x = torch.empty(2, 2, device=device, requires_grad=True)
-            y = x[:1].sum()
-            if device.type != "cuda" or torch.backends.cuda.is_built():
-                missing, cure = "has no autograd for its tensors without such a device", "Use a machine that has one"
-                torch.autograd.grad(y, x)
-                return
-        error: Exception | None = None
-    except (
-        RuntimeError,
-        AttributeError,
-    ) as raised:  # "PyTorch is not linked with support for ..."; no module torch.hpu
-        error = raised
-    raise ReportError(
-        f"device={str(device)!r}: torch {torch.__version__} {missing}. {cure}, or leave device out: what is saved differs "
-        "between devices only where kernels do, such as fused attention."
-    ) from error
+            function()
+    except (RuntimeError, AttributeError):  # "PyTorch is not linked with support for ..."; no module torch.hpu
+        return False
+    return True
