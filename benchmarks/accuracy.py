@@ -48,9 +48,10 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "crs": {**PAPER, "estimator": "crs", "norms": "activation"},
     "topk": {**PAPER, "estimator": "topk", "norms": "activation"},
 }
-"""Options of each arm. "default" is what a user gets who names the ratio only (recomputation paid for by sampling, rows by the
-true gradient); "bits" holds the bytes of the ratio's 32-bit rows as more rows of 8 or 4 bits. With the suffix "-lora" the model is trained by adapters of rank 8 on all linear layers; "micro-N" is
-exact training with the batch's gradient taken from 1/N of its examples."""
+"""Options of each arm. "default" is what a user gets who names the ratio only (recomputation paid for by sampling, rows by
+the true gradient); "bits" holds the bytes of the ratio's 32-bit rows as more rows of fewer bits. With the suffix "-lora" the
+model is trained by adapters of rank 8 on all linear layers; "micro-N" is exact training with the batch's gradient taken from
+1/N of its examples."""
 
 DATA = {"movies": "", "r8": "reuters-r8", "20newsgroups": "20newsgroups"}
 EVAL_BATCH = 64
@@ -111,10 +112,11 @@ def options_of(arm: str, args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def more_rows(ratio: float) -> dict[str, Any]:
-    """Options that hold at most the bytes of ``ratio`` rows of 32 bits: all rows at 8 bits if they fit, else rows at 4 bits. A
-    group of 128 values has a scale of 16 bits."""
-    bits = next((b for b in (8, 4) if b + 16 / 128 <= 32 * ratio), 4)
-    return {"row_bits": bits, "ratio": min(1.0, 32 * ratio / (bits + 16 / 128))}
+    """Options that hold at most the bytes of ``ratio`` rows of 32 bits: every tensor that can be in 8 bits, all rows too, if 8
+    bits fit; else as many rows in 4 bits as fit. A group of 128 values has a scale of 16 bits."""
+    if 32 * ratio >= 8 + 16 / 128:
+        return {"ratio": 1.0, "round_bits": 8}
+    return {"row_bits": 4, "ratio": min(0.99, 32 * ratio / (4 + 16 / 128))}
 
 
 def run(arm: str, ratio: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -176,6 +176,11 @@ class Config:
             check_number("round_bits", self.round_bits, int, lambda b: b in BITS, "None or one of 8, 4, 2 (bits)")
         if self.row_bits is not None:
             check_number("row_bits", self.row_bits, int, lambda b: b in ROW_BITS, "None or one of 8, 4 (bits)")
+            if self.ratio == 1:
+                raise ValueError(
+                    f"row_bits={self.row_bits} with ratio=1: no rows are sampled, so that none would be rounded. To keep all "
+                    f"rows in {self.row_bits} bits use round_bits={self.row_bits}, or a ratio below 1."
+                )
         check_budget(self.memory_budget)
         if self.seed is not None:
             check_number(
