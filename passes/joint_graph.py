@@ -13,6 +13,7 @@ from wtacrs_fx.names import Argument
 from wtacrs_fx.passes.budget import Partition
 from wtacrs_fx.passes.sites import Site, gradient_outputs, primals
 from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
+from wtacrs_fx.roomy import without_code
 
 
 def weight_placeholders(graph: Graph, num_fwd_outputs: int, static: Sequence[int] | None) -> list[Node]:
@@ -72,13 +73,13 @@ def padding_placeholder(
 def cutter(
     joint_inputs: Any, config: Config, static: Sequence[int] | None, kwargs: Mapping[str, Any]
 ) -> Callable[..., Partition]:
-    """Torch's partitioner for one joint graph: (module, number of forward outputs) -> partition. Where this package plans
-    the memory, torch's own budget is off."""
+    """Torch's partitioner for one joint graph: (module, number of forward outputs) -> partition, to be compiled again before
+    it runs. Where this package plans the memory, torch's own budget is off."""
 
     def cut(module: GraphModule, outputs: int, **torch_options: Any) -> Partition:
         if config.memory_budget is not None:
             torch_options["activation_memory_budget"] = 1.0
-        with functorch_config.patch(torch_options):
+        with functorch_config.patch(torch_options), without_code():
             return min_cut_rematerialization_partition(
                 module,
                 joint_inputs,

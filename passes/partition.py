@@ -57,7 +57,10 @@ def partition(
     config = take_region_budget(joint.graph, config)
     cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     if not any(is_tangent(n) for n in joint.graph.nodes):
-        return (*cut(joint, num_fwd_outputs), None)
+        exact = cut(joint, num_fwd_outputs)
+        for module in exact:
+            module.recompile()
+        return (*exact, None)
     with many_graphs():
         work = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
         work.run()

@@ -64,6 +64,7 @@ def test_config_file(tmp_path):
         ("[1]", "expected a transformers config.json"),
         ("{}", "'model_type'"),
         ('{"model_type": "no-such-model"}', "cannot read it: Unrecognized model identifier: no-such-model.$"),
+        ('{"model_type": "bert", "hidden_size": "large"}', "cannot read it: .*hidden_size.*got str"),
         ('{"model_type": "bert"}', "task=None: expected one of classification, causal-lm"),
     ],
 )
@@ -78,6 +79,21 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ReportError, match="presets and config files need transformers"):
         build("bert-base", batch_size=2, length=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("bert-base", 512), ("gpt2", 1024), ("opt-1.3b", 2048), ("whisper-small", 448)]
+)
+def test_sequences_longer_than_the_learned_positions(name, limit):
+    """(An index beyond the end of a table is no error on tensors without data.)"""
+    with pytest.raises(ReportError, match=f"{limit + 1} tokens: {name} has learned positions for {limit}"):
+        build(name, batch_size=1, length=limit + 1)
+    build(name, batch_size=1, length=limit)
+
+
+@pytest.mark.parametrize("name", ["t5-base", "vit-base", "llama-3-8b"])
+def test_other_positions_have_no_limit(name):
+    build(name, batch_size=1, length=10_000)
 
 
 def test_bad_names():
@@ -112,6 +128,20 @@ def test_command(tmp_path, capsys, monkeypatch):
     ):
         assert main([*command, *options, *extra]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("json:dumps", "missing a required argument: 'obj'"),
+        ("os:getcwd", "it returned str, expected a tuple"),
+        ("no_such_module:make", "No module named 'no_such_module'"),
+        ("json", "expected MODULE:FUNCTION"),
+    ],
+)
+def test_python_models_that_cannot_be_made(name, words, capsys):
+    assert main(["report", "--python", name]) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_command_finds_the_largest_batch_of_a_python_model(tmp_path, capsys, monkeypatch):

@@ -246,7 +246,20 @@ def test_what_cannot_be_reported(model, batch, options, words):
         wtacrs_fx.report(model, batch, **options)
 
 
-def test_cuda_without_cuda_is_refused(monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps", "hpu"])
+def test_devices_that_this_torch_was_built_without_are_refused(device, monkeypatch):
+    """Fake tensors of them exist, and what is done with them fails: that is found out before the trace."""
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    with pytest.raises(ReportError, match="built without CUDA"):
-        wtacrs_fx.report(Mlp(), torch.ones(8, 64), device="cuda")
+    with pytest.raises(ReportError, match=f"device='{device}': torch .* is built without {device.upper()}"):
+        wtacrs_fx.report(Mlp(), torch.ones(8, 64), device=device)
+
+
+def test_a_device_that_autograd_needs_and_the_machine_has_not_is_refused(monkeypatch):
+    """torch 2.13 with CUDA on a machine without a GPU: operations on fake tensors work, autograd does not."""
+
+    def grad(*args):
+        raise RuntimeError("hasPrimaryContext expects a valid device index, but got device_index=0")
+
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    with pytest.raises(ReportError, match="has no autograd for its tensors without such a device"):
+        wtacrs_fx.report(Mlp(), torch.ones(8, 64), device="cpu")

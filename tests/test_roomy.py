@@ -1,11 +1,17 @@
-"""Frames have room: a loop deep inside of other calls maps no memory."""
+"""Frames have room: a loop deep inside of other calls maps no memory. The collector walks when it is told to, and modules
+that never run have no code."""
 
+import gc
 import resource
 import sys
+import threading
 
 import pytest
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
 
-from wtacrs_fx.roomy import roomy
+from wtacrs_fx.roomy import collector_paused, roomy, without_code
 
 
 def leaf(depth: int) -> int:
@@ -34,3 +40,45 @@ def test_results_and_errors_pass_through():
     assert roomy(lambda a, *, b: (a, b))(1, b=2) == (1, 2)
     with pytest.raises(KeyError):
         roomy(dict.__getitem__)({}, "x")
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.mark.parametrize("collect", [True, False])
+def test_collector_goes_on_where_it_was(collect):
+    gc.collect()
+    walks = []
+    gc.callbacks.append(lambda phase, info: walks.append(info["generation"]) if phase == "start" else None)
+    try:
+        with collector_paused(collect=collect):
+            cycles = [Cycle() for _ in range(5000)]
+            assert not gc.isenabled()
+            assert not walks
+        assert gc.isenabled()
+        Cycle()
+        assert bool(walks) == collect, "what was made inside is old"
+    finally:
+        gc.callbacks.pop()
+    del cycles
+    assert gc.collect() >= 5000, "and is found when everything is looked through"
+
+
+def test_without_code():
+    module = symbolic_trace(lambda x: torch.relu(x))
+    before = module.code
+    with without_code():
+        next(n for n in module.graph.nodes if n.op == "call_function").target = torch.sigmoid
+        module.recompile()
+        assert module.code == before
+        found = []
+        thread = threading.Thread(
+            target=lambda: found.append(symbolic_trace(nn.Sequential(nn.ReLU()))(torch.tensor(-1.0)))
+        )
+        thread.start()
+        thread.join()
+    assert found == [0.0], "other threads are left alone"
+    module.recompile()
+    assert "sigmoid" in module.code

@@ -63,7 +63,7 @@ def compiled_gradients(model: nn.Module, batch: tuple, backend) -> dict[str, Ten
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_sites(kind):
-    """Numerics, count, what is saved, and the mean of the gradient by z-scores at 4 bits."""
+    """Numerics, count, what is saved, and the mean of the gradient by z-scores at 4 bits (8 for what is normalised)."""
     torch.manual_seed(0)
     model, x = Unit(kind), 2 * torch.randn(32, 128)
     torch.manual_seed(1)  # (of dropout; what is rounded how has a generator of its own)
@@ -76,7 +76,7 @@ def test_kinds_of_sites(kind):
     torch.manual_seed(1)
     assert torch.equal(compiled(x), forward)
     lines = recorder.ledger.compressed
-    assert any(line.bits == 4 for line in lines), recorder.ledger.table()
+    assert any(line.bits > 1 for line in lines), recorder.ledger.table()
     assert calls(recorder.forward[0], wtacrs.stream_key.default) == sum(c.bits > 1 for c in lines)
     assert calls(recorder.backward[0], wtacrs.stream_key.default) == 0
     before, now = (n - x.nbytes for n in (recorder.ledger.saved_bytes_exact, recorder.ledger.saved_bytes))  # x is saved
@@ -115,6 +115,18 @@ def test_normalisation_shares_one_tensor_with_the_layers_behind_it():
     assert all("mm" in c.readers for c in norms)
 
 
+@pytest.mark.parametrize(("bits", "doubled"), [(8, 8), (4, 8), (2, 4)])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_what_is_normalised_has_twice_the_bits(kind, bits, doubled):
+    """The one tensor of a normalisation; a derivative and the input of a linear layer have those that were asked for."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(128, 128), nn.GELU(), Unit(kind)), torch.randn(32, 128)
+    backend = Backend(**{**ROUNDED, "round_bits": bits})
+    compiled_gradients(model, (x,), backend)
+    found = sorted(c.bits for c in backend.ledger.compressed if c.bits > 1)
+    assert found == sorted([bits, bits, doubled]), backend.ledger.table()
+
+
 @pytest.mark.parametrize(("ratio", "bits"), [(1.0, 4), (0.5, 8)])
 def test_mean_of_a_transformer(ratio, bits):
     """Attention, normalisations, GELU, sampled rows: all at once. Dropout masks are those of the forward."""
@@ -134,8 +146,8 @@ def test_mean_of_a_transformer(ratio, bits):
 
 
 def test_one_rounding_in_two_factors_has_a_bias_of_second_order():
-    """x_hat is twice a factor of LayerNorm's input gradient: at 2 bits the mean is off by more than noise explains, but by
-    less than a tenth of the gradient; at 8 bits it is not to be seen."""
+    """x_hat is twice a factor of LayerNorm's input gradient: at 2 bits (4 for x_hat) the mean is off by less than a tenth of
+    the gradient; at 8 bits it is not to be seen."""
     torch.manual_seed(0)
     model, x = Unit("layer_norm"), 2 * torch.randn(32, 128)
     exact = compiled_gradients(model, (x,), "aot_eager_decomp_partition")["a.weight"]
@@ -177,10 +189,11 @@ def family(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return t.ViTForImageClassification(config), {"pixel_values": pixels, "labels": torch.arange(4)}
 
 
-CANCELLING = {"bert": "LayerNorm.weight|pooler", "vit": "mlp|layernorm|classifier"}
-"""Parameters whose relative error at 4 bits is above 0.05, up to 0.2, in these models with random weights. All [CLS] rows are
-then nearly equal, and the gradients that meet them add up to nearly zero: of ViT's fc1, four rows carry all of the gradient,
-and their sum has 0.2 of the square that it had without cancelling; 0.02, what 4 bits cost else, over 0.2 is 0.1."""
+CANCELLING = {"bert": "pooler", "vit": "mlp"}
+"""Parameters whose relative error at 4 bits is above 0.05, up to 0.15, in these models with random weights. All [CLS] rows are
+then nearly equal, and the gradients that meet them add up to nearly zero: of ViT's fc2, four rows carry all of the gradient,
+and their sum has 0.2 of the square that it had without cancelling; 0.02, what 4 bits cost else, over 0.2 is 0.1. (BERT's pooler
+reads four rows, which ``min_bytes`` keeps exact unless it is 0 as here.)"""
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
@@ -202,7 +215,7 @@ def test_whole_models(name):
 
     loss, exact = run("aot_eager_decomp_partition")
     real = {n: g for n, g in exact.items() if g.square().mean() > 1e-16}  # (key biases have no gradient)
-    for bits, median, largest, share in ((8, 2.5e-4, 5e-4, 0.6), (4, 0.05, 0.05, 0.5)):
+    for bits, median, largest, share in ((8, 2.5e-4, 5e-4, 0.6), (4, 0.02, 0.05, 0.5)):
         backend = Backend(**{**ROUNDED, "round_bits": bits, "round_fused_attention": True})
         rounded_loss, found = run(backend)
         assert torch.equal(loss, rounded_loss)
@@ -210,7 +223,7 @@ def test_whole_models(name):
         assert measure.relative_error(found, real) < median
         over = {n: e for n, e in errors.items() if e > largest}
         if bits == 4:
-            over = {n: e for n, e in over.items() if e > 0.25 or not re.search(CANCELLING.get(name, "^$"), n)}
+            over = {n: e for n, e in over.items() if e > 0.15 or not re.search(CANCELLING.get(name, "^$"), n)}
         assert not over, f"{bits} bits: {over}"
         assert backend.ledger.saved_bytes < share * backend.ledger.saved_bytes_exact, backend.ledger.table()
 

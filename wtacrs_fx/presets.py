@@ -167,6 +167,8 @@ def build(
             model = auto_class.from_config(config)
         except ValueError as error:
             raise ReportError(f"{name} has no model for task {task!r}: {str(error).splitlines()[0]}") from error
+        if task != "image":
+            _check_length(name, model, config, length)
         model = _with_adapters(model, lora) if lora else model
         batch = TASKS[task].batch(config, batch_size, length)
         batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
@@ -195,14 +197,26 @@ def _config(name: str, overrides: dict[str, Any]) -> tuple[Any, str | None]:
         task = _task_of(values.get("architectures") or ())
     try:
         config = transformers.AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
-        first = str(error).partition(" Should contain one of")[0]  # (all of its several hundred types)
+    except Exception as error:  # (transformers has classes of its own for values of the wrong type)
+        first = " ".join(
+            str(error).partition(" Should contain one of")[0].split()
+        )  # (all of its several hundred types)
         raise ReportError(f"{name}: transformers {transformers.__version__} cannot read it: {first}") from error
     config.use_cache = False
     for field in ("pad_token_id", "decoder_start_token_id"):
         if getattr(config, field, None) is None:
             setattr(config, field, 0)
     return config, task
+
+
+def _check_length(name: str, model: nn.Module, config: Any, length: int) -> None:
+    """Refuse sequences that are longer than the table of learned positions: an index out of range is no error without data."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
+    tables = (n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Embedding))
+    if limit and length > limit and any("position" in table or table == "wpe" for table in tables):
+        raise ReportError(
+            f"{length} tokens: {name} has learned positions for {limit}. Take at most so many (--seq-len)."
+        )
 
 
 def _task_of(architectures: "list[str] | tuple[str, ...]") -> str | None:

@@ -7,6 +7,7 @@ import argparse
 import ast
 import contextlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.gpu_memory:
         checked(traces.limit, args.gpu_memory)  # before anything is traced
     # (A search makes too many graphs to keep them all.)
-    with contextlib.nullcontext() if args.gpu_memory else collector_paused():
+    with contextlib.nullcontext() if args.gpu_memory else collector_paused(collect=False):
         return _report(args, traces, checked(report, model, batch, **options))
 
 
@@ -134,9 +135,13 @@ def _from_python(name: str) -> tuple[nn.Module, Batch]:
     module, _, function = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        result = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ReportError(f"--python {name}: {error}; expected MODULE:FUNCTION, importable from here.") from error
+        make = getattr(importlib.import_module(module), function)
+        inspect.signature(make).bind()
+        result = make()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ReportError(
+            f"--python {name}: {error}; expected MODULE:FUNCTION, importable from here, without arguments."
+        ) from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):

@@ -186,14 +186,29 @@ def can_train(model: nn.Module, batch: Batch) -> None:
 
 
 def _check_support(name: str | torch.device) -> None:
-    """Fake tensors of a device need none, but autograd ends the process where torch was built without it."""
+    """Fake tensors need no device, but their operations need a build of torch that knows it (else they raise in the middle of a
+    trace, and autograd ends the process), and the autograd of torch 2.13 needs a device of CUDA too."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ReportError(f"device={name!r}: expected a device of torch, such as 'cpu' or 'cuda'.") from error
-    if device.type == "cuda" and not torch.backends.cuda.is_built():
-        raise ReportError(
-            f"device={str(device)!r}: torch {torch.__version__} is built without CUDA, and its autograd has no CUDA tensors, "
-            "not even fake ones. Install a build of torch with CUDA, or leave device out: what is saved differs between "
-            "devices only where kernels do, such as fused attention."
-        )
+    missing = f"is built without {device.type.upper()}, and has no operations for its tensors, not even for fake ones"
+    cure = f"Install a build of torch with {device.type.upper()}"
+    try:
+        with FakeTensorMode():
+            x = torch.empty(2, 2, device=device, requires_grad=True)
+            y = x[:1].sum()
+            if device.type != "cuda" or torch.backends.cuda.is_built():
+                missing, cure = "has no autograd for its tensors without such a device", "Use a machine that has one"
+                torch.autograd.grad(y, x)
+                return
+        error: Exception | None = None
+    except (
+        RuntimeError,
+        AttributeError,
+    ) as raised:  # "PyTorch is not linked with support for ..."; no module torch.hpu
+        error = raised
+    raise ReportError(
+        f"device={str(device)!r}: torch {torch.__version__} {missing}. {cure}, or leave device out: what is saved differs "
+        "between devices only where kernels do, such as fused attention."
+    ) from error
