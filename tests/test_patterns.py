@@ -290,6 +290,22 @@ def test_fullgraph():
     assert sampled(backend) == 1
 
 
+@pytest.mark.long
+@pytest.mark.works_with("Training", "`mode='reduce-overhead'` on a CPU", "as without it: there are no CUDA graphs")
+def test_reduce_overhead_on_a_cpu():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), torch.randn(256, 64)
+    backend = Backend(**{**KEEP_ALL, "inner": "inductor"})
+
+    def loss(call):
+        return lambda: call(x).square().mean()
+
+    compiled = torch.compile(model, backend=backend, mode="reduce-overhead")
+    for _ in range(2):
+        close(gradients(model, call=loss(compiled)), gradients(model, call=loss(model)))
+    assert sampled(backend) == 1
+
+
 @pytest.mark.works_with("Training", "compiled autograd", "yes")
 @pytest.mark.parametrize("budget", [None, "1GiB"])
 def test_compiled_autograd(budget):
