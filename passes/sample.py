@@ -152,8 +152,10 @@ class _Rewriter:
             importance = self.known.importance(emit, norms, decision)
             rows, scale = self._select(emit, importance, seed, decision)
             kept = gather_scaled(emit, h, dim, rows, scale)
+            stored: tuple[Node, ...]
             if decision.form is None:
-                stored = (again := self.severed.cut(_as_type(emit, kept, decision)),)
+                again = self.severed.cut(_as_type(emit, kept, decision))
+                stored = (again,)
             else:
                 stored, again = self._rounded(emit, kept, dim, decision.form, first)
             index = self.severed.cut(rows)
