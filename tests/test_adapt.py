@@ -299,3 +299,58 @@ def test_no_warning_without_a_reason():
     with warnings.catch_warnings():
         warnings.simplefilter("error", WtacrsWarning)
         train(torch.compile(Net(), backend="wtacrs", options={"noise": 0.3, **EAGER}), [batch_of()] * (BACKWARDS + 1))
+
+
+class Deep(nn.Module):
+    """Four layers of 1 MiB, which DDP puts into several buckets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x.square().mean()
+
+
+def test_buckets_of_ddp_choose_each():
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = Deep()
+        backend = Backend(noise=0.5, **EAGER)
+        compiled = torch.compile(nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1.5), backend=backend)
+        x = torch.randn(8, 16, 512)
+        train(compiled, [x] * (BACKWARDS + 2))
+        graphs = len(backend.calibrations)
+        assert graphs > 1
+        assert len(backend.ledgers) == 2 * graphs
+        assert {m for c in backend.calibrations for m in c.ratios} == {f"layers.{i}" for i in range(4)}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_equal_layers_compiled_one_by_one():
+    """They share a graph and its ratios; what is measured is the sum."""
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(torch.relu(self.up(x)))
+
+    model, x = nn.Sequential(*(Block() for _ in range(3))), batch_of()
+    exact = gradients(model, x, call=lambda x: model(x).square().mean())
+    backend = Backend(noise=0.5, **EAGER)
+    for block in model:
+        block.compile(backend=backend)
+    moments = Moments()
+    for _ in range(40):
+        moments.add(gradients(model, x, call=lambda x: model(x).square().mean()))
+    assert 2 <= len(backend.ledgers) <= 6  # (a graph of its own for an input without a gradient)
+    for name, value in exact.items():
+        assert float(moments.z(name, value).square().mean().sqrt()) < 1.4, name

@@ -7,6 +7,7 @@ for as many steps, and where ratios have changed a new version is compiled, ``re
 """
 
 import contextlib
+import copy
 import math
 import sys
 import warnings
@@ -55,9 +56,11 @@ class Traced:
     @contextlib.contextmanager
     def again(self, guards: set[Any]) -> Iterator[None]:
         """Compile inside. Conditions on sizes that the compilation adds come into ``guards``: Dynamo will not check them."""
-        before = self._conditions()
+        before, context = self._conditions(), copy.copy(self.context)
+        if context is not None:
+            context.ddp_optimizer_ctx = None  # (a count of the buckets that were compiled with this graph)
         devices = sorted({x.device.index or 0 for x in self.inputs if isinstance(x, Tensor) and x.is_cuda})
-        with tracing(self.context), torch.random.fork_rng(devices):
+        with tracing(context), torch.random.fork_rng(devices):
             yield
         guards |= self._conditions() - before
 

@@ -55,10 +55,10 @@ def calibrate(
         meter, late = Meter(model, config), None
         for batch in batches:
             can_train(model, batch)
+            meter.add(batch)
             if late is None:
                 ledger = partition_ledger(FakeRun.of(model, batch), config)
                 late = {e.module for e in ledger.entries if e.decision == "late"}
-            meter.add(batch)
     if late is None:
         raise ReportError("batches is empty: give at least one batch to measure on.")
     if not meter.draws:

@@ -64,7 +64,7 @@ def check_adaptive(ratio: Any, noise: Any, estimator: str, attention: bool) -> N
         return
     if attention:
         raise ValueError(
-            "attention=True: only the noise of weight gradients is measured; leave out it, or noise and ratio='auto'."
+            "attention=True: only the noise of weight gradients is measured; leave it out, or noise and ratio='auto'."
         )
     if estimator == "topk":
         raise ValueError("estimator='topk': it has a bias, which no share of the variance bounds; choose another one.")
