@@ -13,7 +13,8 @@ After (the same up to rounding of floating point)::
     mul_2: f32 = g * mul_4
 
 So for a derivative that is written out as a sum over several ways: ``g * a + (g * b) * c`` becomes ``g * (a + b * c)``; and
-as a choice of one (softplus): ``where(mask, g, (g * b) / c)`` becomes ``g * where(mask, 1, b / c)``.
+as a choice of one (softplus): ``where(mask, g, (g * b) / c)`` becomes ``g * where(mask, 1, b / c)``. Conversions in between
+(in a bfloat16 model every derivative is computed in float32) are left out: ``g`` is converted once, before or after.
 """
 
 import operator
@@ -28,7 +29,7 @@ from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.factors import is_cheap, is_rounded
 from wtacrs_fx.passes.kinds import Kind
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 Expression: TypeAlias = "Node | float | tuple[Any, Expression, Expression]"
 """An activation, a number, or (operation, left, right); a mask as the operation chooses."""
@@ -71,14 +72,28 @@ def collapse(graph: Graph, kinds: dict[Node, Kind]) -> int:
         if form.factors < 2 or len(inside) == len(node.users):
             continue
         with graph.inserting_before(node):
-            emit = Emitter(graph, node)
-            product = emit(aten.mul.Tensor, form.root, _emit(emit, form.coefficient, kinds))
-        kinds[product] = Kind.GRADIENT
+            product = _product(Emitter(graph, node), form, node.meta["val"].dtype, kinds)
         node.replace_all_uses_with(product)
         count += 1
     if count:
         graph.eliminate_dead_code()
     return count
+
+
+def _product(emit: Emitter, form: Scaled, dtype: torch.dtype, kinds: dict[Node, Kind]) -> Node:
+    """The gradient in its own type: no step in between is of a narrower one than the wider of its ends."""
+
+    def converted(gradient: Node) -> Node:
+        return emit(prims.convert_element_type.default, gradient, dtype)
+
+    root = form.root
+    wider = torch.promote_types(root.meta["val"].dtype, dtype) != root.meta["val"].dtype
+    made = [converted(root)] if wider else []
+    made.append(emit(aten.mul.Tensor, made[0] if made else root, _emit(emit, form.coefficient, kinds)))
+    if made[-1].meta["val"].dtype != dtype:
+        made.append(converted(made[-1]))
+    kinds.update(dict.fromkeys(made, Kind.GRADIENT))
+    return made[-1]
 
 
 def _scaled(node: Node, scaled: Mapping[Node, Scaled], kinds: Mapping[Node, Kind]) -> Scaled:
@@ -90,9 +105,11 @@ def _scaled(node: Node, scaled: Mapping[Node, Scaled], kinds: Mapping[Node, Kind
     gradients = [a for a in node.args if isinstance(a, Node) and kinds[a] is Kind.GRADIENT]
     if not gradients or any(not is_rounded(g) or g.meta["val"].shape != shape for g in gradients):
         return itself
+    first = scaled[gradients[0]]
+    if node.target is prims.convert_element_type.default:
+        return first
     if any(g.meta["val"].dtype != node.meta["val"].dtype for g in gradients):
         return itself
-    first = scaled[gradients[0]]
     if node.target in (aten.add.Tensor, aten.sub.Tensor, aten.where.self) and len(gradients) == 2:
         second = scaled[gradients[1]]
         if first.root is not second.root:

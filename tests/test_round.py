@@ -91,11 +91,13 @@ def test_kinds_of_sites(kind):
         assert rms < 1.5, f"{name}: z rms {rms:.2f}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gelu_tanh", "swiglu", "geglu", "new_gelu", "silu", "softplus", "elu"])
-def test_several_factors_become_one(kind):
-    """One tensor for the derivative, however it is written, beside those of the other operands."""
+def test_several_factors_become_one(kind, dtype):
+    """One tensor for the derivative, however it is written and in whichever types it is computed, beside those of the other
+    operands."""
     torch.manual_seed(0)
-    model, x = Unit(kind), torch.randn(32, 128)
+    model, x = Unit(kind).to(dtype), torch.randn(32, 128, dtype=dtype)
     backend = Backend(**{**ROUNDED, "round_bits": 8})
     found = compiled_gradients(model, (x,), backend)
     pointwise = [c for c in backend.ledger.compressed if "mm" not in c.readers]
@@ -289,6 +291,45 @@ def test_patterns_choose_modules():
     compiled_gradients(model, batch, backend)
     lines = [c for c in backend.ledger.compressed if c.bits > 1]
     assert [(c.readers, c.shape[-1]) for c in lines] == [(("mm",), 256)] * 2  # the inputs of both layers
+
+
+class Scaled(nn.Module):
+    """A product with whole numbers that depend on the batch."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.a, self.b, self.dtype = nn.Linear(128, 128), nn.Linear(128, 1), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * (3 * y.detach()).to(self.dtype)).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_integers_stay_as_they_are(dtype):
+    torch.manual_seed(0)
+    model, x = Scaled(dtype), torch.randn(32, 128)
+    exact = compiled_gradients(model, (x,), "aot_eager_decomp_partition")
+    backend = Backend(**{**ROUNDED, "round_bits": 2, "round_exclude": "b"})
+    found = compiled_gradients(model, (x,), backend)
+    assert all(c.dtype == "float32" for c in backend.ledger.compressed)
+    assert all(torch.equal(found[n], exact[n]) for n in ("a.bias", "b.weight", "b.bias"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["gelu", "silu", "layer_norm"])
+def test_what_is_not_finite_is_seen_in_the_gradients(kind, bad):
+    """By a gradient scaler, which looks at all of them. (gelu' has a known range and no scale that could be NaN.)"""
+    torch.manual_seed(0)
+    model, x = Unit(kind), torch.randn(32, 128)
+    x[3, 5] = bad
+    exact = compiled_gradients(model, (x,), "aot_eager_decomp_partition")
+    found = compiled_gradients(model, (x,), Backend(**{**ROUNDED, "round_bits": 4}))
+    assert not exact["b.weight"].isfinite().any(0).all()
+    assert not found["b.weight"].isfinite().all()
+    assert all(
+        exact[n].isfinite().all() or not found[n].isfinite().all() for n in exact if n != "a.bias" or kind != "gelu"
+    )
 
 
 def test_float64_and_symbolic_sizes_stay_exact():

@@ -116,6 +116,19 @@ def test_what_is_not_finite_spoils_its_group_only(bad):
     assert torch.equal(found[rest], rounded(torch.where(rest, x, 0.0), Format(4))[rest])
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_finite_ends_in_a_known_range(bits):
+    """And harms no neighbour, those of its byte neither."""
+    x, form = torch.rand(8, 16, generator=torch.Generator().manual_seed(0)), Format(bits, 0.0, 1.0)
+    before = rounded(x, form)
+    bad = x.clone()
+    bad[3, 4:7] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    after = rounded(bad, form)
+    assert after[3, 4:7].tolist() == [0.0, 1.0, 0.0]
+    after[3, 4:7] = before[3, 4:7]
+    assert torch.equal(after, before)
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 0, GROUP)])
 @pytest.mark.parametrize("limits", [(), (0.0, 1.0)])
 def test_empty(shape, limits):

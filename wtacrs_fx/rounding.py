@@ -90,7 +90,9 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
 
     Args:
         x: floating point, at least one dimension, any strides; computed with in float32. A group with a NaN or an infinity
-            becomes NaN as a whole; other groups are unharmed.
+            becomes NaN as a whole; other groups are unharmed. Where the range is known there is no scale to say so: a NaN
+            becomes the lowest value, an infinity an end of the range. (Such tensors are derivatives of activation functions,
+            whose result is not finite then either, and is another factor of the same backward.)
         key: of :func:`uniform`.
         form: bits, and the range if it is known.
 
