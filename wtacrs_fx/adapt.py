@@ -4,6 +4,9 @@ A training graph of a Backend with ``noise`` or ratio="auto" is first compiled w
 reports its noise (:mod:`wtacrs_fx.measured`). After some backwards ratios are chosen, and the graph is compiled once more,
 from the graph that Dynamo has traced: Dynamo itself does not notice. Every ``recalibrate`` runs the first version takes over
 for as many steps, and where ratios have changed a new version is compiled, ``recompilations`` times at most.
+
+With ``center_rows`` what is measured of the batch's own variance is the part that sampling estimates, without that of the mean
+row: the budget is then kept more strictly.
 """
 
 import contextlib
@@ -35,7 +38,7 @@ CHANGE = 0.3
 """What a ratio must differ by, as a share of it, to be worth a compilation."""
 
 Build = Callable[[Config, Sequence[Any], Measurement | None], tuple[Callable[..., Any], Ledger | None]]
-"""``build(config, inputs, meter)`` -> the compiled graph, and its ledger if it is a training graph with products."""
+"""``build(config, inputs, meter)`` -> the compiled graph, and its ledger if there is one."""
 
 
 class Traced:
@@ -90,17 +93,17 @@ class Adaptive:
         self.config, self.build, self.publish = config, build, publish
         self.traced = Traced(inputs)
         self.meter = Measurement(config.estimator)
-        self.measuring, ledger = build(config.measuring(), inputs, self.meter)
-        self.ledger = ledger
+        self.measuring, self.ledger = build(config.measuring(), inputs, self.meter)
         """Of the version in force."""
         self.chosen: Callable[..., Any] | None = None
         self.guards: set[Any] = set()
         self.ratios: dict[str, float] = {}
         """In force, where they were chosen."""
-        self.left = config.recompilations if ledger is not None else 0
+        self.left = config.recompilations
         self.runs = 0
         """Of the graph, since ratios were chosen last."""
-        self.is_measuring = self.left > 0
+        self.is_measuring = True
+        """(Of a graph without a backward nothing is ever measured.)"""
         self.wait = SETTLE if config.has_state else 0
 
     def callable(self) -> Callable[..., Any]:
@@ -110,7 +113,7 @@ class Adaptive:
             values = args[0] if len(args) == 1 and isinstance(args[0], list) else args
             return self._version(values)(*args)
 
-        return like_compiled(run, self.measuring) if self.is_measuring else self.measuring
+        return like_compiled(run, self.measuring)
 
     def _version(self, values: Sequence[Any]) -> Callable[..., Any]:
         self.runs += 1

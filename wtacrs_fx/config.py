@@ -99,7 +99,8 @@ class Config:
     center_rows: bool = _option(
         False,
         "Sample rows minus their mean; what the mean contributes to the weight gradient is computed exactly (one more pass "
-        "over the input in the forward and over the gradient in the backward). Less noise where all rows have much in common.",
+        "over the input in the forward and over the gradient in the backward). Less noise where all rows have much in common. "
+        "The mean is that of rows that are no padding, where `padding` tells them.",
     )
     min_rows: int = _option(128, "Products over fewer rows than this stay exact. Rows.")
     min_bytes: int = _option(65536, "Inputs smaller than this stay exact. Bytes.")
