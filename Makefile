@@ -27,7 +27,7 @@ test-all: $(INSTALLED) wheel-check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 fuzz: $(INSTALLED)
-	FUZZ_NETWORKS=200 $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ_NETWORKS=200 $(BIN)/python -m pytest -s tests/test_fuzz.py
 
 soak: $(INSTALLED)
 	$(BIN)/python -m wtacrs_fx.benchmarks.soak

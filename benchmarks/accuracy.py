@@ -36,15 +36,22 @@ from wtacrs_fx.demo_data import find_model, find_reviews, read_reviews, split
 PAPER = {"estimator": "wta_crs", "norms": "sample", "late": "exact", "memory_budget": None, "pack_masks": False}
 """Liu et al.: rows chosen in the forward by the norm of the input times the cached norm of the gradient."""
 
+OURS = {"estimator": "systematic", "norms": "sample", "padding": "attention_mask", "memory_budget": None}
+"""As many rows as in the paper, chosen better."""
+
 ARMS: dict[str, dict[str, Any] | None] = {
     "exact": None,
     "paper": PAPER,
-    "ours": {"estimator": "systematic", "norms": "sample", "padding": "attention_mask", "memory_budget": None},
+    "default": {},
+    "ours": OURS,
+    "bits": OURS,
     "crs": {**PAPER, "estimator": "crs", "norms": "activation"},
     "topk": {**PAPER, "estimator": "topk", "norms": "activation"},
 }
-"""Options of each arm. With the suffix "-lora" the model is trained by adapters of rank 8 on all linear layers; "micro-N" is
-exact training with the batch's gradient taken from 1/N of its examples."""
+"""Options of each arm. "default" is what a user gets who names the ratio only (recomputation paid for by sampling, rows by
+the true gradient); "bits" holds the bytes of the ratio's 32-bit rows as more rows of fewer bits. With the suffix "-lora" the
+model is trained by adapters of rank 8 on all linear layers; "micro-N" is exact training with the batch's gradient taken from
+1/N of its examples."""
 
 DATA = {"movies": "", "r8": "reuters-r8", "20newsgroups": "20newsgroups"}
 EVAL_BATCH = 64
@@ -104,6 +111,14 @@ def options_of(arm: str, args: argparse.Namespace) -> dict[str, Any] | None:
     return options if options is None or name != "ours" else {**options, **args.ours}
 
 
+def more_rows(ratio: float) -> dict[str, Any]:
+    """Options that hold at most the bytes of ``ratio`` rows of 32 bits: every tensor that can be in 8 bits, all rows too, if 8
+    bits fit; else as many rows in 4 bits as fit. A group of 128 values has a scale of 16 bits."""
+    if 32 * ratio >= 8 + 16 / 128:
+        return {"ratio": 1.0, "round_bits": 8}
+    return {"row_bits": 4, "ratio": min(0.99, 32 * ratio / (4 + 16 / 128))}
+
+
 def run(arm: str, ratio: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm and test it."""
     import transformers
@@ -127,10 +142,12 @@ def run(arm: str, ratio: float, seed: int, args: argparse.Namespace) -> dict[str
     )
     model = _with_adapters(model) if arm.endswith("-lora") else model
     options = options_of(arm, args)
-    known = {**(options or {}), "inner": args.inner, "ratio": ratio}
+    known = {"ratio": ratio, **(options or {}), "inner": args.inner}
+    if arm.removesuffix("-lora") == "bits":
+        known |= more_rows(ratio)
     if known.get("norms") == "sample":
         known["norms"] = SampleNorms(examples=len(train))
-    backend = Backend(**known) if options else Backend(Config(inner=args.inner).exact())
+    backend = Backend(**known) if options is not None else Backend(Config(inner=args.inner).exact())
     share = int(arm.removesuffix("-lora").removeprefix("micro-")) if arm.startswith("micro-") else 1
     losses, seconds = train_model(model, backend, inputs, len(train), seed, share, args)
     ledger = backend.ledger
@@ -139,8 +156,7 @@ def run(arm: str, ratio: float, seed: int, args: argparse.Namespace) -> dict[str
         "arm": arm,
         "ratio": ratio,
         "seed": seed,
-        "options": {k: v for k, v in known.items() if k != "norms"}
-        | ({"norms": options.get("norms")} if options else {}),
+        "options": known | ({"norms": options["norms"]} if options and "norms" in options else {}),
         "settings": {k: getattr(args, k) for k in ("examples", "epochs", "batch_size", "length", "lr", "test_items")},
         "padding": 1 - float(inputs["attention_mask"][: len(train)].double().mean()),
         "rows_of_padding": dict(Counter(backend.padding.values())),

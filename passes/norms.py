@@ -9,6 +9,11 @@
                                                      rows_1: i64[k] = wtacrs.record_rows(begin_rows, sum, mask, rows, "up...")
     index: f32[k, O] = grad[rows]                    index: f32[k, O] = grad[rows_1]
 
+In a graph that measures (``Config.measures``) every sampled product reports its rows besides::
+
+    mm(index.T, rows)                          ->    measured = wtacrs.measure_rows(begin_rows, norms, w, sum, rows, index, ...)
+                                                     mm(measured.T, rows)
+
 The state behind these ops is that of :mod:`wtacrs_fx.norm_state`.
 """
 
@@ -17,6 +22,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +33,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.policy import Action, Decision
+from wtacrs_fx.passes.rows import as_float32, other_dim
 from wtacrs_fx.passes.sites import Site
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
@@ -40,6 +47,19 @@ _RESHAPES = (
     aten.unsqueeze.default,
     prims.convert_element_type.default,
 )
+
+
+Rows = tuple[Node, int]
+"""Rows of a matrix, and the dimension along which they are counted."""
+
+
+@dataclass(frozen=True)
+class ChosenBy:
+    """A draw as the backward has it: ``|h_i|`` [M], importance [M], and the rows [k]."""
+
+    norms: Node
+    importance: Node
+    rows: Node
 
 
 class KnownRows:
@@ -61,6 +81,11 @@ class KnownRows:
         keys = site_keys([d.site for d in plan])
         self.keys = {d.site.node: key for d, key in zip(plan, keys)}
         self.early = [d for d in plan if d.action is Action.EARLY and not d.site.is_attention]
+        self.modules: dict[tuple, dict[str, None]] = {}
+        """Draw group -> its sampled modules, in the order of the plan."""
+        for d in plan:
+            if d.action is not Action.EXACT:
+                self.modules.setdefault(d.group, {})[d.site.module] = None
         self._token: tuple[Node, Node] | None = None
         self._mask: tuple[Node, Node] | None = None
 
@@ -84,25 +109,57 @@ class KnownRows:
             self._length(emit, decision),
         )
 
+    def mean(self, emit: Emitter, matrix: Node, dim: int, decision: Decision) -> Node:
+        """The mean row [1, D] or [D, 1] of a float32 input, rows that the mask calls padding left out. (Any row would do for
+        :mod:`center_rows <wtacrs_fx.passes.sample>`: gradients stay unbiased where the mask is wrong.)"""
+        if not self._masked(decision):
+            return emit(aten.mean.dim, matrix, [dim], True)
+        weight = emit(prims.convert_element_type.default, self._padding_mask()[0], torch.float32)
+        count = emit(aten.clamp_min.default, emit(aten.sum.default, weight), 1.0)
+        column = emit(aten.unsqueeze.default, weight, other_dim(matrix, dim))
+        total = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, matrix, column), [dim], True)
+        return emit(aten.div.Tensor, total, count)
+
     def record(self, emit: Emitter, decision: Decision, gradient: Node, features: int, rows: Node) -> Node:
         """Report the gradient rows of a site; ``features`` is the dimension of G that is not its rows. Returns the row index by
         which G is gathered."""
         if not self.knows(decision):
             return rows
-        g = gradient
-        if g.meta["val"].dtype not in (torch.float32, torch.float64):
-            g = emit(prims.convert_element_type.default, g, torch.float32)
-        squared = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, g, g), [features])
+        squared = _squared_norms(emit, gradient, features)
         mask = self._padding_mask()[1] if self._masked(decision) else None
         key = self.keys[decision.site.node]
         return emit(wtacrs.record_rows.default, self._forward_token()[1], squared, mask, rows, key)
+
+    def measure(
+        self, emit: Emitter, decision: Decision, chosen_by: "ChosenBy", g: Node, kept: Rows, taken: Rows
+    ) -> Node:
+        """The gathered rows of the gradient; in a graph that measures, reported together with what they are multiplied by.
+
+        Args: chosen_by, of the draw, as the backward has it; g, the gradient; kept, taken: (rows, their dimension) of H and g.
+        """
+        if not self.config.measures or decision.site.is_attention:
+            return taken[0]
+        return emit(
+            wtacrs.measure_rows.default,
+            self._forward_token()[1],
+            chosen_by.norms,
+            chosen_by.importance,
+            _squared_norms(emit, g, other_dim(g, taken[1])),
+            *kept,
+            *taken,
+            chosen_by.rows,
+            "\n".join(self.modules[decision.group]),
+            self.keys[decision.site.node],
+            self._length(emit, decision),
+            decision.action is Action.LATE,
+        )
 
     def _masked(self, decision: Decision) -> bool:
         """Whether the mask is about the rows of a draw: it has one element per row (a pooled input has fewer), and no site of
         the draw is excluded."""
         if self.padding is None:
             return False
-        names = [d.site.module for d in self._members(decision)]
+        names = self.modules[decision.group]
         if any(fnmatch.fnmatchcase(n, p) for n in names for p in self.config.padding_exclude):
             return False
         return bool(statically_known_true(self.padding.meta["val"].numel() == decision.site.activation.rows))
@@ -115,7 +172,8 @@ class KnownRows:
         """(number of the forward, its copy for the backward)."""
         if self._token is None:
             known = [self.keys[d.site.node] for d in self.early if self.knows(d)]
-            emit = Emitter(self.draws.graph, self.early[0].site.activation.source, tag="must_be_in_forward")
+            like = next(n for n in self.env if isinstance(n.meta.get("val"), torch.Tensor))
+            emit = Emitter(self.draws.graph, like, tag="must_be_in_forward")
             with self.draws.graph.inserting_before(self.draws.start):
                 token = emit(wtacrs.begin_rows.default, "\n".join(known), torch.device("cpu"))
             self._token = token, self.draws.severed.cut(token)
@@ -144,6 +202,12 @@ class KnownRows:
         for d in dims[1:]:
             length = emit(operator.mul, length, emit(aten.sym_size.int, self.env[node], d))
         return length
+
+
+def _squared_norms(emit: Emitter, gradient: Node, features: int) -> Node:
+    """Of the gradient's rows, [M], at least float32 inside."""
+    g = as_float32(emit, gradient)
+    return emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, g, g), [features])
 
 
 def shows_sequences(site: Site) -> tuple[Node, tuple[int, ...]] | None:

@@ -18,7 +18,9 @@ def notes_of(work: Work) -> tuple[str, ...]:
     """The notes on a finished partition."""
     graph = work.joint.graph
     handed = set(gradient_outputs(graph, work.num_fwd_outputs, primals(graph)).values())
-    return (*size_notes(graph), *crossing(work.plan, {n.name for n in handed}), *wasted_casts(work.plan))
+    measured = ("noise is measured in this version of the graph; the ledger of the next one has the ratios chosen",)
+    first = measured if work.config.measures else ()
+    return (*first, *size_notes(graph), *crossing(work.plan, {n.name for n in handed}), *wasted_casts(work.plan))
 
 
 def crossing(plan: Sequence[Decision], with_gradient: set[str]) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def explore(
     config = replace(config, memory_budget=config.memory_budget or 1.0)  # 1.0: torch's own budget is off, nothing more
     cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     sampled = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
-    exact = replace(sampled, plan=decide(sampled.sites, replace(config, ratio=1.0)))
+    exact = replace(sampled, plan=decide(sampled.sites, replace(config, ratio=1.0, row_bits=None)))
     result: list[tuple[str, Plan, bool]] = []
     for arm, work in (("exact", exact), ("sampled", sampled)):
         work.first_cut()

@@ -37,7 +37,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.norms import KnownRows
+from wtacrs_fx.passes.norms import ChosenBy, KnownRows
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
 from wtacrs_fx.passes.round import Rounded, read, write
 from wtacrs_fx.passes.rows import as_float32, center, contract, gather, gather_scaled, like, other_dim, row_norms
@@ -59,6 +59,8 @@ class Kept:
     """What products read: the scaled rows."""
     dim: int
     """Of ``rows``, along which they are counted."""
+    chosen_by: ChosenBy | None = None
+    """In graphs that measure."""
 
 
 @dataclass
@@ -146,13 +148,25 @@ class _Rewriter:
         with self.draws.behind(h if mean is None else mean):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
             h = center(emit, h, mean)
-            importance = self.known.importance(emit, row_norms(emit, h, dim), decision)
+            norms = row_norms(emit, h, dim)
+            importance = self.known.importance(emit, norms, decision)
             rows, scale = self._select(emit, importance, seed, decision)
             kept = gather_scaled(emit, h, dim, rows, scale)
+            stored: tuple[Node, ...]
             if decision.form is None:
-                stored = self.severed.cut(_as_type(emit, kept, decision))
-                return Kept((stored,), self.severed.cut(rows), stored, dim)
-            return self._keep_rounded(emit, kept, dim, rows, decision.form, first)
+                again = self.severed.cut(_as_type(emit, kept, decision))
+                stored = (again,)
+            else:
+                stored, again = self._rounded(emit, kept, dim, decision.form, first)
+            index = self.severed.cut(rows)
+            return Kept(stored, index, again, dim, self._chosen_by(norms, importance, index))
+
+    def _chosen_by(self, norms: Node, importance: Node, index: Node) -> ChosenBy | None:
+        """Of an early draw, in graphs that measure: two vectors more are held there."""
+        if not self.config.measures:
+            return None
+        cut = self.severed.cut(norms)
+        return ChosenBy(cut, cut if importance is norms else self.severed.cut(importance), index)
 
     def _mean(self, decision: Decision) -> tuple[Node | None, Node | None]:
         """The mean row of H, [1, D] or [D, 1], float32: in the forward, and as the backward reads it."""
@@ -162,19 +176,19 @@ class _Rewriter:
             h, dim = self._matrix(decision.site.activation)
             with self.draws.behind(h):
                 emit = Emitter(self.graph, h, tag="must_be_in_forward")
-                mean = emit(aten.mean.dim, as_float32(emit, h), [dim], True)
+                mean = self.known.mean(emit, as_float32(emit, h), dim, decision)
             self.means[decision.group] = mean, self.severed.cut(mean)
         return self.means[decision.group]
 
-    def _keep_rounded(self, emit: Emitter, kept: Node, dim: int, rows: Node, form: Format, first: Node) -> Kept:
-        """The same in few bits, with groups along the features of each row; computed from them in front of ``first``."""
+    def _rounded(self, emit: Emitter, kept: Node, dim: int, form: Format, first: Node) -> tuple[tuple[Node, ...], Node]:
+        """Kept rows in few bits, with groups along the features of each; and computed from them in front of ``first``."""
         features = other_dim(kept, dim)
         order = [d for d in range(kept.meta["val"].dim()) if d not in (dim, features)] + [dim, features]
         written = write(emit, kept, order, form, self.draws)
         value = kept.meta["val"].to(emit.like.meta["val"].dtype)
         with self.graph.inserting_before(first):
             again = read(Emitter(self.graph, emit.like, tag="must_be_in_backward"), written, value, order, form)
-        return Kept(written, self.severed.cut(rows), again, dim)
+        return written, again
 
     def early(self, decision: Decision, kept: Kept) -> Node:
         """``G^T H`` becomes ``G[rows]^T (scale * H[rows])``."""
@@ -184,9 +198,11 @@ class _Rewriter:
             emit = Emitter(self.graph, node, tag="must_be_in_backward")
             g, g_dim = self._matrix(site.gradient)
             rows = self.known.record(emit, decision, g, other_dim(g, g_dim), kept.index)
-            taken = gather(emit, g, g_dim, rows), g_dim
+            taken = gather(emit, g, g_dim, rows)
+            if kept.chosen_by is not None:
+                taken = self.known.measure(emit, decision, kept.chosen_by, g, (kept.rows, kept.dim), (taken, g_dim))
             part = self._exact_part(emit, decision, kept.dim, g, g_dim)
-            return self._replace(emit, site, node, (kept.rows, kept.dim), taken, part)
+            return self._replace(emit, site, node, (kept.rows, kept.dim), (taken, g_dim), part)
 
     def _exact_part(self, emit: Emitter, decision: Decision, dim: int, g: Node, g_dim: int) -> Node | None:
         """``(sum_i g_i) mean^T``, what the subtracted mean contributes, in the product's orientation."""
@@ -213,8 +229,12 @@ class _Rewriter:
             rows, scale = self._select(emit, importance, seed, decision)
             h = center(emit, h, self._mean(decision)[1])
             kept = _as_type(emit, gather_scaled(emit, h, h_dim, rows, scale), decision)
+            taken = gather(emit, g, g_dim, rows)
+            if self.config.measures:
+                chosen_by = ChosenBy(h_norms, importance, rows)
+                taken = self.known.measure(emit, decision, chosen_by, g, (kept, h_dim), (taken, g_dim))
             part = self._exact_part(emit, decision, h_dim, g, g_dim)
-            return self._replace(emit, site, node, (kept, h_dim), (gather(emit, g, g_dim, rows), g_dim), part)
+            return self._replace(emit, site, node, (kept, h_dim), (taken, g_dim), part)
 
     def _matrix(self, operand: Operand) -> tuple[Node, int]:
         """The operand without a leading dimension of 1: one view per tensor, on whichever side of the cut it is read."""

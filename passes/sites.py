@@ -174,7 +174,10 @@ def module_of(node: Node) -> str:
 
 def clean_module_path(path: str) -> str:
     """``L['self'].encoder.layer.0`` -> ``encoder.layer.0``; a bare root becomes the empty string. Where a module has a
-    ``__getattr__`` of its own (those of peft), Dynamo writes ``.__dict__['_modules']['encoder']``."""
+    ``__getattr__`` of its own (those of peft), Dynamo writes ``.__dict__['_modules']['encoder']``, and in
+    ``torch.func.functional_call`` ``getattr(L['self'].layer, '0')``."""
+    while call := re.search(r"getattr\(([^(),]+), '([^']*)'\)", path):  # (the innermost; they nest)
+        path = path.replace(call[0], f"{call[1]}.{call[2]}")
     path = re.sub(r"^[LG](\[[^\]]*\])+", "", path)
     path = path.replace(".__dict__['_modules']", "")
     return path.replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")

@@ -116,8 +116,65 @@ def accelerate(rank):
     }
 
 
+def accelerate_fsdp(rank, whole=False):
+    """accelerate's own way to FSDP2. On CPUs it would choose DDP, so that its state is told to be of the other kind."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    model, batch = model_and_batch(rank)
+    backend = Backend(**KEEP_ALL)
+    for module in [model] if whole else model.blocks:
+        module.compile(backend=backend)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    vars(accelerator.state).update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    wrapped, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.backward(wrapped(*batch))
+    names = sorted({e.module for x in backend.ledgers for e in x.entries if e.decision != "exact"})
+    kind = type(wrapped).__name__
+    return {"grads": grads(wrapped), "sampled": names, "kind": kind, "keys": list(accelerator.get_state_dict(wrapped))}
+
+
+def from_local(rank):
+    """DTensors that are made inside of the graph, of plain parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    x = transformer_batch(seed=rank)[0]
+
+    def loss(x):
+        rows = DTensor.from_local(torch.tanh(x.flatten(0, 1)), mesh, [Shard(0)])
+        weight = DTensor.from_local(layer.weight, mesh, [Replicate()], run_check=False)
+        return torch.tanh(rows @ weight.t()).to_local().square().sum()
+
+    def gradient(call):
+        layer.zero_grad()
+        call(x).backward()
+        return layer.weight.grad.clone()
+
+    exact, backend = gradient(loss), Backend(**KEEP_ALL)
+    try:
+        got = gradient(torch.compile(loss, backend=backend))
+    except Exception as error:
+        return {"message": str(error)}
+    names = [e.decision for x in backend.ledgers for e in x.entries]
+    return {"message": "", "grads": {"w": got}, "exact": {"w": exact}, "decisions": names}
+
+
 def main(task, rank, folder):
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    """``rank``: a number, or "-" where a launcher has set the environment."""
+    if rank == "-":
+        rank = os.environ["RANK"]
+    else:
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     name, _, arguments = task.partition(":")
     dist.init_process_group("gloo")

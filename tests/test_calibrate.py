@@ -154,6 +154,61 @@ def test_a_budget_of_rows_goes_where_the_noise_is() -> None:
     assert "share" in found.table()
 
 
+class Masked(Net):
+    """Padding has no gradient, and rows' gradients are of very different size, by position."""
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        out = self.c(torch.relu(self.a(x)) * torch.sigmoid(self.b(x)))
+        weight = torch.linspace(0, 1, x.shape[1])[:, None] ** 4 * attention_mask[..., None]
+        return (out * torch.sin(1e4 * out.detach() + 1e4 * x) * weight).mean()
+
+
+def test_what_norms_and_padding_let_draws_know_counts() -> None:
+    """And what is said of early layers is what compiled draws have, once the source has seen the batch."""
+    torch.manual_seed(0)
+    model, x = Masked(), batch_of(length=32)
+    mask = torch.ones(8, 32)
+    mask[:4, 8:], mask[4:, 28:] = 0, 0
+    batch = {"x": x, "attention_mask": mask}
+    noise = {}
+    for known in ({}, {"padding": "attention_mask"}, {"norms": "position"}):
+        found = calibrate(model, [batch], noise=0.3, late="exact", **known, **SMALL)
+        noise[tuple(known)] = sum(layer.ratio for layer in found.layers)
+    assert noise["padding",] < 0.8 * noise[()]
+    assert noise["norms",] < 0.8 * noise[()]
+    source = wtacrs_fx.PositionNorms()
+    options = {"padding": "attention_mask", "norms": source, "late": "exact", **SMALL}
+    backend = Backend(ratio=0.3, **options)
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(3):
+        compiled(**batch).backward()
+    found = calibrate(model, [batch], noise=0.5, **options)
+    layer = next(layer for layer in found.layers if layer.modules == ("c",))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=Backend(ratio=found.ratios, **options))
+    model.zero_grad()
+    model(**batch).backward()
+    exact, errors = model.c.weight.grad.clone(), []
+    for _ in range(80):
+        model.zero_grad()
+        compiled(**batch).backward()
+        errors.append(float((model.c.weight.grad - exact).square().sum() / exact.square().sum()))
+    measured = torch.tensor(errors)
+    assert abs(float(measured.mean()) - layer.noise) < 4 * float(measured.std()) / 80**0.5 + 0.15 * layer.noise
+
+
+def test_padding_that_is_no_argument_of_the_batch() -> None:
+    with pytest.raises(ValueError, match=r"padding='mask': no such tensor in the batch\. Its arguments are x"):
+        calibrate(Net(), [batch_of()], noise=0.3, padding="mask", **SMALL)
+
+
+def test_center_rows_counts() -> None:
+    torch.manual_seed(0)
+    x = batch_of() + 3
+    plain, centred = (calibrate(Net(), [x], noise=0.5, center_rows=c, **SMALL) for c in (False, True))
+    assert sum(layer.ratio for layer in centred.layers) < 0.7 * sum(layer.ratio for layer in plain.layers)
+
+
 def test_a_dict_of_ratios() -> None:
     config = Config(ratio={"*.query": 0.1, "layer.*": 0.5})
     assert config.ratio_of("layer.0.query") == 0.1
@@ -238,7 +293,7 @@ def test_bad_batches() -> None:
         NoiseBudget(Net(), every=0)
 
 
-@pytest.mark.parametrize("ratio", [{}, {"a": 0.0}, {"a": "x"}, {1: 0.5}, {"a": True}, "auto"])
+@pytest.mark.parametrize("ratio", [{}, {"a": 0.0}, {"a": "x"}, {1: 0.5}, {"a": True}, "auto:3"])
 def test_bad_ratios(ratio: object) -> None:
     with pytest.raises((TypeError, ValueError), match="ratio"):
         Config(ratio=ratio)  # type: ignore[arg-type]

@@ -108,3 +108,27 @@ def test_attention_keeps_plain_rows():
     for name, value in exact.items():
         if value.abs().max() > 1e-7:
             assert float(moments.z(name, value).square().mean().sqrt()) < 1.5, name
+
+
+class Padded(Layers):
+    def forward(self, x: Tensor, g: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1), g * attention_mask.reshape(-1, 1))
+
+
+@pytest.mark.parametrize("late", ["sample", "exact"])
+def test_the_mean_is_over_rows_that_are_no_padding(late):
+    """Those are equal here: without the padding nothing is left to estimate. With it there is, and the mean is right too."""
+    torch.manual_seed(0)
+    model, x, g = Padded(), torch.randn(4, 16, 128), torch.randn(ROWS, 128)
+    mask = torch.ones(4, 16)
+    mask[:, 10:] = 0
+    x[mask > 0] = 1.0
+    batch = x, g, mask
+    exact, noise = gradients(model, *batch), {}
+    for padding in (None, "attention_mask"):
+        moments, backend = draw(model, batch, 60, late=late, padding=padding)
+        assert backend.ledger.count("early") == 1
+        name = "a.weight"
+        noise[padding] = float(moments.standard_error(name).square().sum() * 60 / exact[name].square().sum())
+        assert float(moments.z(name, exact[name]).square().mean()) < 1 + 4.5 * 0.18 or noise[padding] < 1e-9
+    assert noise["attention_mask"] < 1e-9 < 0.05 < noise[None], noise

@@ -48,6 +48,45 @@ def test_killed_while_writing(tmp_path):
     assert data["number"] >= 0
 
 
+CHECKPOINT = """
+    import io, sys, torch
+    from files import replacing
+    for number in (0, 1):
+        data = io.BytesIO()
+        torch.save({"model": {"w": torch.full((2**18,), number)}, "norms": torch.full((2**18,), number)}, data)
+        with replacing(sys.argv[1]) as new, new.open("wb") as f:
+            f.write(data.getbuffer()[: 2**20])
+            f.flush()
+            if number == 1:
+                print("in the middle", flush=True)
+                sys.stdin.read()
+            f.write(data.getbuffer()[2**20 :])
+"""
+
+
+@pytest.mark.works_with(
+    "Caches",
+    "a process killed while it writes a checkpoint by `wtacrs_fx.files.replacing`",
+    "the previous file is intact",
+)
+def test_killed_while_writing_a_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHECKPOINT), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(files.__file__).parent,  # without the package, whose import takes seconds
+    )
+    assert process.stdout.readline().strip() == "in the middle"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list(tmp_path.iterdir())) == 2, "the half-written one lies beside it"
+    state = torch.load(path)
+    assert (state["model"]["w"] == 0).all()
+    assert (state["norms"] == 0).all()
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "ledger.json"
     path.write_text("before")

@@ -436,6 +436,10 @@ def test_ops():
         (torch.ops.wtacrs.known_importance.default, (token, norms, mask, "a", 3)),
         (torch.ops.wtacrs.known_importance.default, (token, norms, None, "a", 0)),
         (torch.ops.wtacrs.record_rows.default, (token, norms, mask, index, "a")),
+        (
+            torch.ops.wtacrs.measure_rows.default,
+            (token, norms, norms, norms, torch.rand(3, 4), 0, torch.rand(5, 3), 1, index, "a", "a:4x5", 3, False),
+        ),
     ):
         torch.library.opcheck(op, args)
     assert int(torch.ops.wtacrs.begin_rows("a", CPU)) == 0, "nobody is running"

@@ -112,6 +112,43 @@ def test_accelerate(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.works_with("Parallelism", "`accelerate launch`", "yes")
+def test_accelerate_launch(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env = {**os.environ, "PYTHONPATH": str(TESTS), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    worker = [str(TESTS / "parallel_worker.py"), "accelerate", "-", str(tmp_path)]
+    done = subprocess.run([*launch, *worker], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [torch.load(tmp_path / f"{r}.pt") for r in (0, 1)]
+    agree(results)
+    assert len(results[0]["sampled"]) == 12
+
+
+@pytest.mark.long
+@pytest.mark.works_with("Parallelism", "accelerate with FSDP2, the blocks or the model compiled", "yes")
+@pytest.mark.parametrize("whole", [False, True])
+def test_accelerate_fsdp2(whole, tmp_path):
+    results = two_ranks('accelerate_fsdp:{"whole": true}' if whole else "accelerate_fsdp", tmp_path)
+    agree(results)
+    assert results[0]["kind"].startswith("FSDP")
+    assert {"q", "up", "down"} <= {name.rpartition(".")[2] for name in results[0]["sampled"]}
+    assert results[0]["keys"] == [n for n, _ in Transformer().named_parameters()], "checkpoints are the plain model's"
+
+
+@pytest.mark.long
+@pytest.mark.works_with("Parallelism", "DTensors made inside of a compiled function, of plain parameters", "yes")
+def test_dtensors_inside_of_the_graph(tmp_path):
+    for result in two_ranks("from_local", tmp_path):
+        assert result["message"] == ""
+        torch.testing.assert_close(result["grads"], result["exact"], rtol=1e-4, atol=1e-5)
+        assert "exact" not in result["decisions"]
+
+
+@pytest.mark.long
 @pytest.mark.works_with("Parallelism", "ranks with one seed", "each rank draws rows of its own")
 def test_ranks_draw_apart(tmp_path):
     a, b = (r["sampled"] for r in two_ranks("draws", tmp_path))

@@ -150,6 +150,8 @@ class TestSites:
             ("L['args'][0].model.layers.1", "model.layers.1"),
             ("L['self']._modules['a']._modules['0']", "a.0"),
             ("L['self'].__dict__['_modules']['a'].__dict__['_modules']['b'].c.0", "a.b.c.0"),
+            ("getattr(getattr(G['model'].blocks, '1'), '0')", "blocks.1.0"),
+            ("getattr(L['self'].heads, 'a b').out", "heads.a b.out"),
         ],
     )
     def test_clean_module_path(self, path, name):

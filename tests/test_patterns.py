@@ -4,12 +4,14 @@ Most tests keep every row (``ratio=0.9999`` of few rows), so that draws, kept ro
 gradients are exact all the same: a wrong pairing of rows or graphs shows as a wrong gradient.
 """
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import gelu
+from torch.utils.checkpoint import checkpoint
 
 from wtacrs_fx import Backend
 from wtacrs_fx.estimators import ESTIMATORS
@@ -290,6 +292,22 @@ def test_fullgraph():
     assert sampled(backend) == 1
 
 
+@pytest.mark.long
+@pytest.mark.works_with("Training", "`mode='reduce-overhead'` on a CPU", "as without it: there are no CUDA graphs")
+def test_reduce_overhead_on_a_cpu():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), torch.randn(256, 64)
+    backend = Backend(**{**KEEP_ALL, "inner": "inductor"})
+
+    def loss(call):
+        return lambda: call(x).square().mean()
+
+    compiled = torch.compile(model, backend=backend, mode="reduce-overhead")
+    for _ in range(2):
+        close(gradients(model, call=loss(compiled)), gradients(model, call=loss(model)))
+    assert sampled(backend) == 1
+
+
 @pytest.mark.works_with("Training", "compiled autograd", "yes")
 @pytest.mark.parametrize("budget", [None, "1GiB"])
 def test_compiled_autograd(budget):
@@ -373,3 +391,58 @@ def test_nothing_waits_for_the_device(estimator):
         torch.ops.aten.item.default,
     ):
         assert not any(calls(g, waits) for g in graphs)
+
+
+WAITING = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"estimator": "wta_crs", "round_bits": 8, "row_bits": 8}, {"center_rows": True, "attention": True}],
+    ids=lambda o: "+".join(o) or "defaults",
+)
+def test_no_op_of_ours_reads_a_value(options):
+    """A step under the profiler, which sees inside of custom ops. Only the seed is read, from the CPU generator's state."""
+    model, batch = Transformer(layers=1), transformer_batch()
+    compiled = torch.compile(model, backend=Backend(**{**HALF, **options}))
+    compiled(*batch).backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        compiled(*batch).backward()
+    events = profile.events()
+    assert any(e.name == "wtacrs::select_rows" for e in events)
+
+    def inside_of(event, name):
+        return event is not None and (event.name == name or inside_of(event.cpu_parent, name))
+
+    reads = [e for e in events if e.name in WAITING]
+    assert any(inside_of(e, "wtacrs::draw_seed") for e in reads), "the profiler sees them"
+    assert not [e.name for e in reads if not inside_of(e, "wtacrs::draw_seed")]
+
+
+@pytest.mark.works_with("Training", "`torch.utils.checkpoint` and `save_on_cpu` around compiled blocks", "yes")
+@pytest.mark.parametrize("around", ["checkpoint", "reentrant", "save_on_cpu"])
+def test_hooks_on_saved_tensors_around_compiled_blocks(around):
+    """The compiled forward runs twice, and draws twice: all that the backward reads has to come from one of the two."""
+    torch.manual_seed(0)
+    model, (x, target) = Transformer(dropout=0.2), transformer_batch()
+    x.requires_grad_(around == "reentrant")
+
+    def call_of(blocks):
+        def call():
+            torch.manual_seed(1)  # the masks of dropout
+            with torch.autograd.graph.save_on_cpu() if around == "save_on_cpu" else contextlib.nullcontext():
+                h = x
+                for block in blocks:
+                    h = (
+                        block(h)
+                        if around == "save_on_cpu"
+                        else checkpoint(block, h, use_reentrant=around == "reentrant")
+                    )
+                return nn.functional.cross_entropy(model.classifier(h.mean(1)), target)
+
+        return call
+
+    ours, exact = Backend(**KEEP_ALL), Backend(**{**KEEP_ALL, "ratio": 1.0})
+    got, want = ([torch.compile(b, backend=backend) for b in model.blocks] for backend in (ours, exact))
+    close(gradients(model, call=call_of(got)), gradients(model, call=call_of(want)))
+    sampled(ours)

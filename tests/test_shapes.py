@@ -6,7 +6,7 @@ from torch import nn
 
 from wtacrs_fx import Backend, WtacrsWarning
 
-from helpers import SMALL, Transformer, gradients, transformer_batch
+from helpers import SMALL, Moments, Transformer, gradients, transformer_batch
 
 KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
 
@@ -53,6 +53,25 @@ def test_dynamic_true_with_very_short_sequences():
         assert all(torch.isfinite(g).all() for g in got.values())
         torch.testing.assert_close(got["blocks.0.ln2.weight"], exact["blocks.0.ln2.weight"], rtol=1e-4, atol=1e-6)
     assert len(backend.ledgers) == 1
+
+
+@pytest.mark.works_with("Shapes", "batch sizes that change, at 0.3 of the rows", "the mean is exact at every size")
+def test_the_mean_is_exact_at_every_size_of_one_dynamic_graph():
+    model, backend = Transformer(layers=1), Backend(**{**KEEP_ALL, "ratio": 0.3})
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    torch.manual_seed(1)
+    batches = [transformer_batch(batch=b) for b in (3, 8, 13)]
+    exact = [gradients(model, *b) for b in batches]
+    moments = [Moments() for _ in batches]
+    for i in range(105):  # (sizes alternate, so that a graph that remembered one would show)
+        grads = gradients(model, *batches[i % 3], call=compiled)
+        moments[i % 3].add({n: (g.double() * exact[i % 3][n]).sum().reshape(1) for n, g in grads.items()})
+    assert len(backend.ledgers) == 1
+    for moment, want in zip(moments, exact):
+        for name in ("blocks.0.q.weight", "blocks.0.o.weight", "blocks.0.up.weight", "blocks.0.down.weight"):
+            square = want[name].double().square().sum().reshape(1)
+            assert moment.standard_error(name) > 1e-3 * square, "rows are left out"
+            assert moment.z(name, square).abs() < 5, name
 
 
 @pytest.mark.works_with("Shapes", "one example, one token", "yes")

@@ -16,7 +16,7 @@ def test_parts_resume_exactly_and_compile_nothing_late(tmp_path, monkeypatch):
     def train(folder, start, stop):
         folder.mkdir(exist_ok=True)
         torch._dynamo.reset()
-        return soak.Part("wtacrs", start, stop, "eager", folder).train()
+        return soak.Part("wtacrs", start, stop, 60, "eager", folder).train()
 
     whole = train(tmp_path / "a", 0, 60)
     train(tmp_path / "b", 0, 30)

@@ -15,11 +15,14 @@ import torch
 from torch.fx import GraphModule
 
 from wtacrs_fx import sidecar
+from wtacrs_fx.adapt import Adaptive
+from wtacrs_fx.choose import Calibration
 from wtacrs_fx.config import Config
 from wtacrs_fx.distributed import check_ranks, refuse_dtensors
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.inductor import ORDERED, ROUNDED, compile_inductor, uncompiled
 from wtacrs_fx.ledger import Ledger
+from wtacrs_fx.measured import Measurement
 from wtacrs_fx.names import dynamo_names
 from wtacrs_fx.norm_state import RowState, with_rows
 from wtacrs_fx.norms import NormSource, make_source
@@ -101,6 +104,8 @@ class Backend:
             raise TypeError(f"Backend(config, {', '.join(options)}=...): give a Config or options, not both.")
         self.config = Config.from_options(options) if config is None else Config.from_options(config)
         self.ledgers: list[Ledger] = []
+        self.calibrations: list[Calibration] = []
+        """What was measured and chosen, graph by graph, with ``noise`` or ratio="auto"."""
         self.rows = row_state(self.config)
         self._by_model = False
 
@@ -140,12 +145,20 @@ class Backend:
         _check_budgets(self.config)
         refuse_dtensors(names := dynamo_names(gm), example_inputs)
         check_ranks(self.config, names, example_inputs)
-        partition_fn = Partitioner(self.config.without_state(), names)
-        partition_fn.ledgers = self.ledgers
-        compiled = self._compiled(gm, example_inputs, partition_fn, mode)
-        if not self.config.has_state:
-            return compiled
-        return with_rows(compiled, gm, partition_fn.names, self.rows, self._by_model)
+
+        def build(
+            config: Config, inputs: Sequence[Any], meter: Measurement | None = None
+        ) -> tuple[Callable[..., Any], Ledger | None]:
+            partition_fn, made = Partitioner(config.without_state(), names), len(self.ledgers)
+            partition_fn.ledgers = self.ledgers
+            compiled = self._compiled(gm, inputs, partition_fn, mode)
+            if config.has_state or meter is not None:
+                compiled = with_rows(compiled, gm, names, self.rows, self._by_model, meter)
+            return compiled, self.ledgers[-1] if len(self.ledgers) > made else None
+
+        if self.config.adapts:
+            return Adaptive(self.config, build, example_inputs, self.calibrations.append).callable()
+        return build(self.config, example_inputs)[0]
 
     def _compiled(
         self, gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None

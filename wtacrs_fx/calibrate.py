@@ -1,65 +1,17 @@
 """``wtacrs_fx.calibrate``: how many rows each layer should keep, measured on a few batches."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from tabulate import tabulate
 from torch import nn
 
+from wtacrs_fx.choose import Calibration, choose
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
-from wtacrs_fx.meter import GRID, Draw, Meter
-from wtacrs_fx.noise import allocate, smallest_within
+from wtacrs_fx.meter import Meter
 from wtacrs_fx.report import partition_ledger
 from wtacrs_fx.tracing import Batch, FakeRun, can_train
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What was decided for the layers that read one input."""
-
-    modules: tuple[str, ...]
-    decision: str
-    ratio: float
-    noise: float
-    """Relative squared error of the weight gradient, ``E|G' - G|^2 / |G|^2``, at this ratio."""
-    batch_noise: float
-    """The same for the batch's own noise: what another batch would change."""
-
-    @property
-    def share(self) -> float:
-        """Added variance over the batch's own."""
-        return self.noise / self.batch_noise if self.batch_noise else 0.0 if not self.noise else float("inf")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Ratios for the option of that name, and why."""
-
-    layers: tuple[Layer, ...]
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """Module -> ratio, for ``options={"ratio": ...}``. Modules that are not named stay exact."""
-        return {m: layer.ratio for layer in self.layers for m in layer.modules}
-
-    def table(self) -> str:
-        """One line per draw."""
-        rows = [
-            (
-                layer.modules[0] + (f" and {len(layer.modules) - 1} more" if len(layer.modules) > 1 else ""),
-                layer.decision,
-                f"{layer.ratio:g}",
-                f"{layer.noise:.2g}",
-                f"{layer.batch_noise:.2g}",
-                f"{layer.share:.3g}",
-            )
-            for layer in self.layers
-        ]
-        headers = ("layer", "decision", "ratio", "rel. squared error", "of the batch itself", "share")
-        return tabulate(rows, headers, disable_numparse=True)
 
 
 def calibrate(
@@ -82,8 +34,10 @@ def calibrate(
     that share everywhere are spread over the layers for the least total variance (FLOPs in place of bytes where rows are
     chosen in the backward); 0.3 if neither is given.
 
-    Rows that are chosen in the forward are taken to be chosen by the norms of the input alone: with ``norms`` or ``padding``
-    among the options the noise is less than is said here.
+    Rows that are chosen in the forward are chosen by what the options ``norms`` and ``padding`` let them know. The state of a
+    norm source that is given as an object counts (with the ids of ``sample_ids``, if it asks for them); where it has none yet,
+    and with ``norms`` given by name, the other sequences of the batch stand for it, see :class:`wtacrs_fx.guess.Guess`. What
+    ``row_bits`` rounds is not measured.
 
     Args:
         model: in training mode, on its device.
@@ -101,10 +55,10 @@ def calibrate(
         meter, late = Meter(model, config), None
         for batch in batches:
             can_train(model, batch)
+            meter.add(batch)
             if late is None:
                 ledger = partition_ledger(FakeRun.of(model, batch), config)
                 late = {e.module for e in ledger.entries if e.decision == "late"}
-            meter.add(batch)
     if late is None:
         raise ReportError("batches is empty: give at least one batch to measure on.")
     if not meter.draws:
@@ -114,32 +68,6 @@ def calibrate(
     for draw in meter.draws:
         draw.late = any(module in late for module in draw.modules)
     return choose(meter.draws, ratio=0.3 if ratio is None else ratio, noise=noise)
-
-
-def choose(draws: Sequence[Draw], *, ratio: float, noise: float | None) -> Calibration:
-    """The ratio of every draw from what was measured."""
-    chosen: dict[int, float] = {}
-    if noise is not None:
-        chosen = {i: smallest_within(m.curve, GRID, noise * max(m.batch_noise, 0.0)) for i, m in enumerate(draws)}
-    else:
-        for late in (False, True):
-            some = [i for i, m in enumerate(draws) if m.late is late]
-            costs = [float(draws[i].flops if late else draws[i].bytes) for i in some]
-            found = allocate([draws[i].curve for i in some], costs, GRID, ratio * sum(costs))
-            chosen |= dict(zip(some, found))
-    layers = []
-    for i, m in enumerate(draws):
-        size = max(m.norm, 1e-300)
-        layers.append(
-            Layer(
-                modules=tuple(dict.fromkeys(m.modules)),
-                decision="exact" if chosen[i] == 1 else "late" if m.late else "early",
-                ratio=chosen[i],
-                noise=m.curve[GRID.index(chosen[i])] / size,
-                batch_noise=max(m.batch_noise, 0.0) / size,
-            )
-        )
-    return Calibration(tuple(layers))
 
 
 def _config(ratio: float | None, noise: float | None, options: Mapping[str, Any]) -> Config:

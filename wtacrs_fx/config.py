@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tabulate import tabulate
 
@@ -15,6 +15,7 @@ from wtacrs_fx.config_checks import (
     as_inductor_options,
     as_patterns,
     as_ratios,
+    check_adaptive,
     check_budget,
     check_choice,
     check_number,
@@ -60,12 +61,28 @@ class Config:
         ValueError: a value outside its range.
     """
 
-    ratio: float | Mapping[str, float] = _option(
+    ratio: float | str | Mapping[str, float] = _option(
         0.3,
         "Share of rows (tokens) of a linear layer's input kept for the weight gradient, 0 < ratio <= 1; "
         "ceil(ratio * rows) rows are kept. 1 trains exactly. A dict gives a share per module: the first of its patterns "
         "(fnmatch) that matches counts, modules without one stay exact, and modules that read one input keep the largest of "
-        "their shares. wtacrs_fx.calibrate() measures such a dict.",
+        "their shares. 'auto:0.3': the bytes of 0.3 everywhere, spread over the layers of a graph for the least total "
+        "variance, which is measured in the first steps (with 0.3 everywhere); 'auto' is 'auto:0.3'. wtacrs_fx.calibrate() "
+        "measures before training.",
+    )
+    noise: float | None = _option(
+        None,
+        "Noise budget: every layer gets the least share of rows whose added variance is at most this share of the variance "
+        "that the batch itself gives to its weight gradient, such as 0.05; none is sampled where that takes all rows. Measured "
+        "in the first steps, which keep `ratio` everywhere; then each graph is compiled once more. None: `ratio` decides.",
+    )
+    recalibrate: int = _option(
+        1000, "With `noise` or ratio='auto': runs of a graph after which its noise is measured again. Runs."
+    )
+    recompilations: int = _option(
+        3,
+        "With `noise` or ratio='auto': how often a graph is compiled again at most, because a share that was measured differs "
+        "by more than 30 % from the one in force; the first choice is one of them.",
     )
     estimator: str = _option(
         "systematic",
@@ -82,7 +99,8 @@ class Config:
     center_rows: bool = _option(
         False,
         "Sample rows minus their mean; what the mean contributes to the weight gradient is computed exactly (one more pass "
-        "over the input in the forward and over the gradient in the backward). Less noise where all rows have much in common.",
+        "over the input in the forward and over the gradient in the backward). Less noise where all rows have much in common. "
+        "The mean is that of rows that are no padding, where `padding` tells them.",
     )
     min_rows: int = _option(128, "Products over fewer rows than this stay exact. Rows.")
     min_bytes: int = _option(65536, "Inputs smaller than this stay exact. Bytes.")
@@ -157,11 +175,17 @@ class Config:
         "before and after by op.",
     )
 
+    measures: ClassVar[bool] = False
+    """Whether graphs report the noise of their products; see :meth:`measuring`."""
+
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "round_include", "round_exclude", "padding_exclude"):
             object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
         object.__setattr__(self, "inductor", as_inductor_options(self.inductor))
         object.__setattr__(self, "ratio", as_ratios(self.ratio))
+        check_number("recalibrate", self.recalibrate, int, lambda n: n >= 1, "an integer >= 1 (runs of a graph)")
+        check_number("recompilations", self.recompilations, int, lambda n: n >= 1, "an integer >= 1")
+        check_adaptive(self.ratio, self.noise, self.estimator, self.attention)
         check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         check_norms(self.norms)
         if self.padding is not None and not (isinstance(self.padding, str) and self.padding):
@@ -176,6 +200,11 @@ class Config:
             check_number("round_bits", self.round_bits, int, lambda b: b in BITS, "None or one of 8, 4, 2 (bits)")
         if self.row_bits is not None:
             check_number("row_bits", self.row_bits, int, lambda b: b in ROW_BITS, "None or one of 8, 4 (bits)")
+            if self.ratio == 1:
+                raise ValueError(
+                    f"row_bits={self.row_bits} with ratio=1: no rows are sampled, so that none would be rounded. To keep all "
+                    f"rows in {self.row_bits} bits use round_bits={self.row_bits}, or a ratio below 1."
+                )
         check_budget(self.memory_budget)
         if self.seed is not None:
             check_number(
@@ -189,7 +218,13 @@ class Config:
 
     def exact(self) -> "Config":
         """The same with nothing sampled, known, rounded, packed or planned: what Inductor's own partition holds."""
-        sampled: dict[str, Any] = {"ratio": 1.0, "attention": False, "norms": "activation", "padding": None}
+        sampled: dict[str, Any] = {
+            "ratio": 1.0,
+            "noise": None,
+            "attention": False,
+            "norms": "activation",
+            "padding": None,
+        }
         held: dict[str, Any] = {"memory_budget": None, "round_bits": None, "row_bits": None, "pack_masks": False}
         return dataclasses.replace(self, **sampled, **held)
 
@@ -218,15 +253,37 @@ class Config:
         return cls(**options)
 
     def ratio_of(self, module: str) -> float | None:
-        """Share of rows kept for a module; None where ``ratio`` is a dict that has no pattern for it."""
+        """Share of rows kept for a module; None where ``ratio`` is a dict that has no pattern for it. Where shares are
+        measured, that of the first steps."""
         if not isinstance(self.ratio, Mapping):
-            return self.ratio
+            return self.first_ratio
         return next((r for p, r in self.ratio.items() if fnmatch.fnmatchcase(module, p)), None)
 
     @property
     def samples(self) -> bool:
         """Whether any module is asked to keep fewer rows than all."""
-        return any(r < 1 for r in (self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio,)))
+        return any(r < 1 for r in (self.ratio.values() if isinstance(self.ratio, Mapping) else (self.first_ratio,)))
+
+    @property
+    def first_ratio(self) -> float:
+        """The one number of ``ratio``. (Of a dict, which has none, the largest.)"""
+        if isinstance(self.ratio, Mapping):
+            return max(self.ratio.values())
+        return float(self.ratio.partition(":")[2]) if isinstance(self.ratio, str) else self.ratio
+
+    @property
+    def adapts(self) -> bool:
+        """Whether shares of rows are measured while the model is trained."""
+        return self.noise is not None or isinstance(self.ratio, str)
+
+    def measuring(self) -> "Config":
+        """The same for the first steps: one share everywhere, and graphs that report their noise."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return _Measuring(**{**values, "ratio": self.first_ratio, "noise": None})
+
+    def with_ratios(self, ratios: Mapping[str, float]) -> "Config":
+        """The same with shares that were measured; what was not stays exact."""
+        return dataclasses.replace(self, noise=None, ratio={**ratios, "*": 1.0})
 
     @property
     def has_state(self) -> bool:
@@ -243,7 +300,16 @@ class Config:
         return self if isinstance(self.norms, str) else dataclasses.replace(self, norms=NamedNorms(self.norms.kind))
 
     def refuse_state(self, entry: str) -> None:
-        """For ways in without a Backend. Raises: ValueError: ``norms`` or ``padding`` would be without effect there."""
+        """For ways in without a Backend.
+
+        Raises: ValueError: ``noise``, ratio="auto", ``norms`` or ``padding`` would be without effect there.
+        """
+        if self.adapts:
+            name = f"noise={self.noise!r}" if self.noise is not None else f"ratio={self.ratio!r}"
+            raise ValueError(
+                f"{name} with {entry}: noise is measured while a Backend's graphs are trained. Use torch.compile(model, "
+                "backend='wtacrs', options=...), or measure before: ratio=wtacrs_fx.calibrate(model, batches, ...).ratios."
+            )
         if self.has_state:
             name = f"norms={self.norms_kind!r}" if self.norms != "activation" else f"padding={self.padding!r}"
             raise ValueError(
@@ -262,6 +328,7 @@ class Config:
         if isinstance(self.ratio, Mapping):
             values["ratio"] = list(self.ratio.items())  # the order of the patterns counts
         values["norms"] = self.norms_kind
+        values["measures"] = self.measures
         values["inductor"] = sorted((k, repr(v)) for k, v in self.inductor.items())
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -273,3 +340,9 @@ class Config:
             default = "output heads" if f.default is OUTPUT_HEADS else repr({} if f.name == "inductor" else f.default)
             rows.append((f"`{f.name}`", f"`{default}`", f.metadata["doc"]))
         return tabulate(rows, headers=("option", "default", "meaning"), tablefmt="github")
+
+
+class _Measuring(Config):
+    """Options of graphs that report the noise of their products."""
+
+    measures = True

@@ -1,5 +1,6 @@
 """Checks of options: each raises an error that names the value and what was expected."""
 
+import contextlib
 import difflib
 import math
 from collections.abc import Mapping
@@ -18,13 +19,10 @@ def as_patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def as_ratios(value: Any) -> float | dict[str, float]:
+def as_ratios(value: Any) -> float | str | dict[str, float]:
     expected = "a number with 0 < ratio <= 1, such as 0.3"
-    if value == "auto":
-        raise ValueError(
-            "ratio='auto': shares are measured on your data, ratios = wtacrs_fx.calibrate(model, batches, ratio=0.3).ratios, "
-            "and given as options={'ratio': ratios}; wtacrs_fx.NoiseBudget does both while you train."
-        )
+    if isinstance(value, str):
+        return _as_auto(value)
     if not isinstance(value, Mapping):
         check_number("ratio", value, float, lambda r: 0 < r <= 1, f"{expected}, or a dict of such numbers by module")
         return value
@@ -35,6 +33,41 @@ def as_ratios(value: Any) -> float | dict[str, float]:
     for pattern, share in value.items():
         check_number(f"ratio[{pattern!r}]", share, float, lambda r: 0 < r <= 1, expected)
     return dict(value)
+
+
+def _as_auto(value: str) -> str:
+    """ "auto" -> "auto:0.3"."""
+    name, _, share = value.partition(":")
+    with contextlib.suppress(ValueError):
+        if name == "auto" and 0 < float(share or 0.3) < 1:
+            return f"auto:{float(share or 0.3):g}"
+    raise ValueError(
+        f"ratio={value!r}: as a text expected 'auto', or 'auto:0.2' to spread 0.2 of the rows over the layers; else a number."
+    )
+
+
+def check_adaptive(ratio: Any, noise: Any, estimator: str, attention: bool) -> None:
+    """Options that exclude each other where noise is measured."""
+    auto = isinstance(ratio, str)
+    if noise is not None:
+        check_number("noise", noise, float, lambda n: 0 < n < 1e3, "a share of the batch's own variance, such as 0.05")
+        if auto:
+            raise ValueError(
+                f"ratio={ratio!r} and noise={noise!r}: give one of the two, a budget of rows or one of noise."
+            )
+        if isinstance(ratio, Mapping) or ratio == 1:
+            raise ValueError(
+                f"noise={noise!r} with ratio={ratio!r}: expected one number below 1, the share of rows in the steps in which "
+                "noise is measured."
+            )
+    if noise is None and not auto:
+        return
+    if attention:
+        raise ValueError(
+            "attention=True: only the noise of weight gradients is measured; leave it out, or noise and ratio='auto'."
+        )
+    if estimator == "topk":
+        raise ValueError("estimator='topk': it has a bias, which no share of the variance bounds; choose another one.")
 
 
 def as_inductor_options(value: Any) -> dict[str, Any]:

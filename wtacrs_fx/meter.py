@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,69 +11,64 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from wtacrs_fx.backend import Partitioner, compile_eager
+from wtacrs_fx.choose import GRID, Draw
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
+from wtacrs_fx.guess import Guess
 from wtacrs_fx.names import dynamo_names
 from wtacrs_fx.noise import batch_variance, sequence_squares, variance
 from wtacrs_fx.passes.joint_graph import copy_joint, cutter
 from wtacrs_fx.passes.kinds import is_tangent
+from wtacrs_fx.passes.norms import site_keys
 from wtacrs_fx.passes.policy import Action, Decision, rows_kept
 from wtacrs_fx.passes.work import Work
 from wtacrs_fx.private import FakeTensor, dynamo_config, functorch_config, tree_leaves
 from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, starts
 
-GRID = (0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Ratios at which noise is measured, and among which is chosen."""
-
 
 @dataclass
-class Draw:
-    """The sites that read one input, and sums over the calibration batches."""
+class _Products:
+    """The products of one draw in one backward; their noise is known when all are there, since they share their rows."""
 
-    modules: tuple[str, ...]
-    early: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(GRID))
-    """Of all its sites: ``E|G' - G|^2`` for every ratio of the grid, with rows chosen by ``|h_i|``."""
-    true: list[float] = dataclasses.field(default_factory=lambda: [0.0] * len(GRID))
-    """The same with rows chosen by ``|h_i| |g_i|``."""
-    batch_noise: float = 0.0
-    """Variance of the batch's own gradients."""
-    norm: float = 0.0
-    """``|G|^2``."""
-    bytes: int = 0
-    """Of the input."""
-    flops: int = 0
-    """Of the weight gradients."""
-    late: bool = False
-    """Whether rows are chosen in the backward."""
+    draw: Draw
+    keys: tuple[str, ...]
+    """Of the sites, in the state of a norm source."""
+    found: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """Squared norms of the gradient's rows, and what is known of them beforehand (None: nothing)."""
 
-    @property
-    def curve(self) -> list[float]:
-        """What applies, of both kinds of noise."""
-        return self.true if self.late else self.early
-
-    def add(self, h: Tensor, g: Tensor, grad: Tensor, sequences: int, estimator: str, first: bool) -> None:
-        """One product: input [M, D], gradient [M, O], and the weight gradient. ``first``: of the draw."""
-        rows = len(h)
-        h_norms, g_squares = (x.float().square().sum(1, dtype=torch.float64) for x in (h, g))
-        squares, h_norms = h_norms * g_squares, h_norms.sqrt()
-        for curve, importance in ((self.early, h_norms), (self.true, squares.sqrt())):
-            noise = [variance(estimator, importance, squares, int(rows_kept(rows, ratio))) for ratio in GRID]
-            curve[:] = map(operator.add, curve, torch.stack(noise).tolist())
+    def add(self, key: str, h: Tensor, g: Tensor, grad: Tensor, guess: Guess, config: Config) -> None:
+        """One product: input [M, D], gradient [M, O], and the weight gradient."""
+        draw, rows = self.draw, len(h)
+        g_squares = g.float().square().sum(1, dtype=torch.float64)
         total = grad.float().square().sum(dtype=torch.float64)
-        self.norm += float(total)
-        self.batch_noise += float(batch_variance(sequence_squares(h, g, sequences), total))
-        self.bytes += first * h.numel() * h.element_size()
-        self.flops += 2 * h.numel() * g.shape[1]
+        draw.norm += float(total)
+        draw.batch_noise += float(batch_variance(sequence_squares(h, g, guess.sequences), total))
+        draw.bytes += (not self.found) * h.numel() * h.element_size()
+        draw.flops += 2 * h.numel() * g.shape[1]
+        self.found.append((g_squares, guess.squared_norms(key, g_squares, draw.modules)))
+        if len(self.found) < len(self.keys):
+            return
+        h = h.float()
+        if config.center_rows:
+            h = h - guess.mean(h, draw.modules)
+        h_squares = h.square().sum(1, dtype=torch.float64)
+        early = guess.importance(h_squares.sqrt(), self.found, draw.modules)
+        for known, _ in self.found:
+            squares = h_squares * known
+            for curve, importance in ((draw.early, early), (draw.true, squares.sqrt())):
+                noise = [variance(config.estimator, importance, squares, int(rows_kept(rows, r))) for r in GRID]
+                curve[:] = map(operator.add, curve, torch.stack(noise).tolist())
+        self.found.clear()
 
 
 class Meter:
     """Measures the draws of a model, batch by batch.
 
-    Args: model, in training mode; config: what is sampled, and by which estimator.
+    Args: model, in training mode; config: what is sampled, by which estimator, and what is known of rows.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self.model, self.sequences = model, 0
+        self.model, self.guess = model, Guess(config)
         off: dict[str, Any] = {"memory_budget": None, "round_bits": None, "norms": "activation", "padding": None}
         self.config = dataclasses.replace(config, **off)
         self._draws: dict[tuple[str, ...], Draw] = {}
@@ -90,7 +85,7 @@ class Meter:
 
         Raises: ReportError: fewer than two sequences, or no training graph.
         """
-        self.sequences = _sequences(batch)
+        self.guess.begin(self.model, batch, _sequences(batch))
         grads = {p: p.grad for p in self.model.parameters()}
         self.model.zero_grad(set_to_none=True)
         try:
@@ -117,26 +112,28 @@ class Meter:
         groups: dict[tuple, list[Decision]] = {}
         for d in chosen:
             groups.setdefault(d.group, []).append(d)
+        keys = dict(zip((d.site.node for d in plan), site_keys([d.site for d in plan])))
         found = {}
         for members in groups.values():
             modules = tuple(dict.fromkeys(d.site.module for d in members))
             draw = self._draws.setdefault(modules, Draw(modules))
-            for d in members:
-                found[d.site.node.name] = self._recorder(draw, d.site.activation_first, d is members[0])
+            products = _Products(draw, tuple(keys[d.site.node] for d in members))
+            for d, key in zip(members, products.keys):
+                found[d.site.node.name] = self._recorder(products, key, d.site.activation_first)
         return found
 
-    def _recorder(self, draw: Draw, activation_first: bool, first: bool) -> Callable[..., None]:
+    def _recorder(self, products: _Products, key: str, activation_first: bool) -> Callable[..., None]:
         def record(left: Tensor, right: Tensor, product: Tensor) -> None:
             if isinstance(product, FakeTensor):
                 return  # a graph is run on fake tensors too, while it is compiled
             left, right = (x.squeeze(0) if x.dim() == 3 else x for x in (left, right))
             h, g = (left.mT, right) if activation_first else (right, left.mT)
-            if len(h) % self.sequences:
+            if len(h) % self.guess.sequences:
                 raise ReportError(
-                    f"{draw.modules[0]}: its input has {len(h)} rows, which {self.sequences} sequences do not divide, so that "
-                    "rows cannot be told apart by sequence; leave it out by exclude."
+                    f"{products.draw.modules[0]}: its input has {len(h)} rows, which {self.guess.sequences} sequences do not "
+                    "divide, so that rows cannot be told apart by sequence; leave it out by exclude."
                 )
-            draw.add(h, g, product, self.sequences, self.config.estimator, first)
+            products.add(key, h, g, product, self.guess, self.config)
 
         return record
 

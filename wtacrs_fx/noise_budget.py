@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from wtacrs_fx.backend import Backend
-from wtacrs_fx.calibrate import Calibration, calibrate
+from wtacrs_fx.calibrate import calibrate
+from wtacrs_fx.choose import Calibration, differ
 from wtacrs_fx.private import tree_leaves, tree_map_only
 from wtacrs_fx.tracing import Batch
 
@@ -71,7 +72,7 @@ class NoiseBudget:
         self.calibration = calibrate(self.model, [self._first(batch)], **self.goal, **self.options)
         ratios = self.calibration.ratios
         if self.backend is not None:
-            if not self._differs(ratios):
+            if not differ(ratios, self._before(ratios), self.change):
                 return False
             self.left -= 1
         self.backend = Backend(**{**self.options, "ratio": ratios})
@@ -84,7 +85,6 @@ class NoiseBudget:
         result: Batch = tree_map_only(Tensor, lambda t: t[: self.sequences] if t.dim() and len(t) == size else t, batch)
         return result
 
-    def _differs(self, ratios: dict[str, float]) -> bool:
+    def _before(self, ratios: dict[str, float]) -> dict[str, float]:
         assert self.backend is not None
-        pairs = [(ratios.get(m, 1.0), self.backend.config.ratio_of(m) or 1.0) for m in ratios]
-        return any(max(a, b) > (1 + self.change) * min(a, b) for a, b in pairs)
+        return {module: self.backend.config.ratio_of(module) or 1.0 for module in ratios}

@@ -2,7 +2,7 @@
 
 ``begin_rows`` runs once per forward, ``known_importance`` once per draw in the forward, ``record_rows`` once per sampled
 product in the backward. The result of ``record_rows`` is the index by which the gradient is gathered, so that no pass can
-drop it or run it elsewhere.
+drop it or run it elsewhere. In graphs that measure, ``measure_rows`` stands between the gathered gradient and its product.
 """
 
 import torch
@@ -18,8 +18,9 @@ _OUTSIDE = (torch.Tag.cudagraph_unsafe,)  # they read Python state: a CUDA graph
 )
 def begin_rows(sites: str, device: torch.device) -> Tensor:
     """The number of this forward, int64 [1] on ``device`` (the CPU, so that reading it waits for nothing); ``sites``, one a
-    line, are those it will ask about. 0 outside of a Backend's graphs: nothing is known then, and nothing recorded."""
-    return torch.full((1,), norm_state.begin(sites.split("\n")), dtype=torch.int64, device=device)
+    line, are those it will ask about (none where it only measures). 0 outside of a Backend's graphs: nothing is
+    known then, and nothing recorded."""
+    return torch.full((1,), norm_state.begin(sites.splitlines()), dtype=torch.int64, device=device)
 
 
 @begin_rows.register_fake
@@ -68,3 +69,56 @@ def record_rows(token: Tensor, squared: Tensor, mask: Tensor | None, rows: Tenso
 @record_rows.register_fake
 def _(token: Tensor, squared: Tensor, mask: Tensor | None, rows: Tensor, site: str) -> Tensor:
     return torch.empty_like(rows)
+
+
+@torch.library.custom_op("wtacrs::measure_rows", mutates_args=(), tags=_OUTSIDE)
+def measure_rows(
+    token: Tensor,
+    norms: Tensor,
+    importance: Tensor,
+    squared: Tensor,
+    h_rows: Tensor,
+    h_dim: int,
+    g_rows: Tensor,
+    g_dim: int,
+    rows: Tensor,
+    draw: str,
+    site: str,
+    length: int,
+    late: bool,
+) -> Tensor:
+    """Report a sampled product to what measures its noise (:mod:`wtacrs_fx.measured`); returns a copy of ``g_rows``.
+
+    Args:
+        token: from ``begin_rows``.
+        norms, importance, squared: [M], ``|h_i|``, what the rows were chosen by, and ``|g_i|^2``.
+        h_rows, g_rows: kept rows of H, scaled, and of the gradient, along ``h_dim`` and ``g_dim``.
+        rows: int64 [k], which they are.
+        draw: modules that share the draw, one a line; site: the product's name.
+        length: rows per sequence, 0 if unknown.
+        late: whether the rows were chosen in the backward.
+    """
+    found = norm_state.find(token)
+    if found is not None and (meter := found[1].meter) is not None:
+        h, g = (x if dim == 0 else x.mT for x, dim in ((h_rows, h_dim), (g_rows, g_dim)))
+        meter.record(tuple(draw.split("\n")), site, norms, importance, squared, h, g, rows, length, late)
+    return g_rows.clone()
+
+
+@measure_rows.register_fake
+def _(
+    token: Tensor,
+    norms: Tensor,
+    importance: Tensor,
+    squared: Tensor,
+    h_rows: Tensor,
+    h_dim: int,
+    g_rows: Tensor,
+    g_dim: int,
+    rows: Tensor,
+    draw: str,
+    site: str,
+    length: int,
+    late: bool,
+) -> Tensor:
+    return g_rows.clone()

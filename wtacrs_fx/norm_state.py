@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.measured import Measurement
 from wtacrs_fx.names import Argument
 from wtacrs_fx.norms import NormSource, Rows, floored
 from wtacrs_fx.sample_ids import given
@@ -140,6 +141,8 @@ class Call:
     """Site -> rows per sequence, 0 if unknown."""
     copies: dict[torch.device, Tensor] = field(default_factory=dict)
     """The ids on devices."""
+    meter: Measurement | None = None
+    """Where a graph that measures reports its products."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ class _Running:
     first: str
     parameter: Tensor | None
     inputs: tuple[Tensor, ...]
+    meter: Measurement | None
 
 
 _running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar("wtacrs_running", default=None)
@@ -174,7 +178,7 @@ def begin(sites: Sequence[str]) -> int:
         )
         state.news.clear()
     ids = None
-    if state.source is not None and state.source.wants_ids:
+    if state.source is not None and state.source.wants_ids and sites:
         ids = (
             None if now is None else now.take((running.graph, running.parameter is not None and id(running.parameter)))
         )
@@ -187,11 +191,11 @@ def begin(sites: Sequence[str]) -> int:
                 "Use `with wtacrs_fx.sample_ids(ids):` around it."
             )
     suffix = state.suffix(running.first, running.parameter)
-    if state.source is not None:
+    if state.source is not None and sites:
         state.source.begin([site + suffix for site in sites], ids)
     number = next(_numbers)
     with _lock:
-        _calls[number] = Call(weakref.ref(state), suffix, ids)
+        _calls[number] = Call(weakref.ref(state), suffix, ids, meter=running.meter)
         while len(_calls) > CALLS:
             _calls.popitem(last=False)
     return number
@@ -205,7 +209,12 @@ def find(token: Tensor) -> tuple[RowState, Call] | None:
 
 
 def with_rows(
-    compiled: Callable[..., Any], gm: GraphModule, names: Sequence[str | None], state: RowState, by_model: bool
+    compiled: Callable[..., Any],
+    gm: GraphModule,
+    names: Sequence[str | None],
+    state: RowState,
+    by_model: bool,
+    meter: Measurement | None = None,
 ) -> Callable[..., Any]:
     """A compiled graph that says, while it runs, whose state it belongs to.
 
@@ -216,6 +225,7 @@ def with_rows(
         state: of the Backend.
         by_model: take the state of an earlier graph that has a parameter in common instead, if there is one. (The string
             "wtacrs" makes a Backend per graph.)
+        meter: what the graph reports its products to, if it measures.
     """
     nodes = gm.graph.find_nodes(op="placeholder")
     owned = [i for i, n in enumerate(nodes) if re.search(r"_parameters_\w+$", str(n.target))]
@@ -232,9 +242,14 @@ def with_rows(
         if parameters and _states.get(parameters[0]) is not chosen[0]:
             _states.update(dict.fromkeys(parameters, chosen[0]))
         inputs = tuple(v for i in others if isinstance(v := values[i], Tensor) and v.dim())
-        with _run_as(_Running(chosen[0], graph, first, parameters[0] if parameters else None, inputs)):
+        with _run_as(_Running(chosen[0], graph, first, parameters[0] if parameters else None, inputs, meter)):
             return compiled(*args)
 
+    return like_compiled(run, compiled)
+
+
+def like_compiled(run: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with what AOTAutograd's callables say of themselves (how they take their arguments, above all)."""
     for key in ("_boxed_call", "zero_grad", "named_parameters", "named_buffers"):
         if hasattr(compiled, key):
             setattr(run, key, getattr(compiled, key))

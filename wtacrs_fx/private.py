@@ -59,6 +59,8 @@ USED = {
     "tree_map_only": Private("torch.utils._pytree", "the same, changed"),
     "OpOverload": Private("torch._ops", "what nodes call"),
     "inductor_prims": Private("torch._inductor", "registers the ops that draw Inductor's random numbers"),
+    "TracingContext": Private("torch._guards", "a traced graph is compiled again, with other ratios"),
+    "tracing": Private("torch._guards", "the same"),
     # settings
     "dynamo_config": Private("torch._dynamo", "reports: no recompilation limits", "config"),
     "functorch_config": Private("torch._functorch", "torch's own memory budget", "config"),
