@@ -4,6 +4,7 @@ import fnmatch
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -186,10 +187,12 @@ def _is_normalised(factor: Factor) -> bool:
     """Whether the product with the gradient is summed along the row: the gradient of a statistic of it, as LayerNorm, RMSNorm
     and GroupNorm have it."""
     last = factor.operand.meta["val"].dim() - 1
-    return factor.reader.target is aten.mul.Tensor and any(
-        user.target is aten.sum.dim_IntList and any(dim % (last + 1) == last for dim in user.args[1] or (last,))
-        for user in factor.reader.users
-    )
+
+    def sums_the_row(node: Node) -> bool:
+        dims: Any = node.args[1] if node.target is aten.sum.dim_IntList else ()
+        return any(dim in (-1, last) for dim in dims or ())
+
+    return factor.reader.target is aten.mul.Tensor and any(map(sums_the_row, factor.reader.users))
 
 
 def _is_attention(node: Node) -> bool:
