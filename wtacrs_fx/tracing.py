@@ -190,8 +190,8 @@ def _check_support(name: str | torch.device) -> None:
     trace, and autograd ends the process), and the autograd of torch 2.13 needs a device of CUDA too."""
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ReportError(f"device={name!r}: expected a device of torch, such as 'cpu' or 'cuda'.") from error
+    except RuntimeError as unknown:
+        raise ReportError(f"device={name!r}: expected a device of torch, such as 'cpu' or 'cuda'.") from unknown
     missing = f"is built without {device.type.upper()}, and has no operations for its tensors, not even for fake ones"
     cure = f"Install a build of torch with {device.type.upper()}"
     try:
