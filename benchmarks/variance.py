@@ -5,7 +5,8 @@
 A model is trained for some steps; then, for every linear layer of its blocks, ``E |G' - G|^2 / |G|^2`` of one batch is
 computed from its rows and many draws of the package's own estimators. The sources of ``|g_i|``: "activation" knows nothing;
 "position" is the root of its mean square at each position over the last ``--age`` steps; "sample" is that of the same examples
-``--age`` steps before, with other dropout masks; "true" is itself, as late sites have it. Every kind of batch becomes a JSON
+``--age`` steps before, with other dropout masks; "blend" is ``sample^(3/4) position^(1/4)``; "true" is itself, as late sites
+have it. Every kind of batch becomes a JSON
 file under ``variance/``, and one that is there is not computed again; the tables are made from all.
 """
 
@@ -23,7 +24,7 @@ from wtacrs_fx import measure
 from wtacrs_fx.benchmarks.variance_data import CONDITIONS, Task, Watch, train
 from wtacrs_fx.benchmarks.variance_errors import AS_IS, BITS, VARIANTS, condition, layer_errors
 
-SOURCES = ("activation", "position", "sample", "true")
+SOURCES = ("activation", "position", "sample", "blend", "true")
 
 WARM = 5
 """Steps before the norms of "sample" are taken."""
@@ -48,6 +49,7 @@ def main() -> None:
     folder = args.out / "variance"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("conditions", "out")}
+    settings |= {"variants": list(VARIANTS), "sources": list(SOURCES)}
     for name in args.conditions:
         path = folder / f"{name.replace(' ', '_')}.json"
         if not path.exists() or json.loads(path.read_text())["settings"] != settings:
@@ -86,6 +88,7 @@ def measure_condition(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 "activation": torch.ones(len(layer.h)),
                 "position": squares[n].sqrt().repeat(len(layer.h) // task.length),
                 "sample": old[i][n].flatten(),
+                "blend": old[i][n].flatten() ** 0.75 * squares[n].sqrt().repeat(len(layer.h) // task.length) ** 0.25,
                 "true": layer.g.norm(dim=1),
             }
             for key, error in layer_errors(layer, guesses, tuple(args.ratios), args.draws, i).items():
@@ -146,7 +149,14 @@ def render(results: list[dict[str, Any]]) -> str:
     return "\n".join(parts) + "\n"
 
 
-_CANDIDATES = ("systematic/16", "systematic/8", "systematic/4", "systematic, mean/4")
+_CANDIDATES = (
+    "systematic/16",
+    "systematic/8",
+    "systematic/4",
+    "systematic, mean/16",
+    "systematic, mean/4",
+    "systematic, mean, padding/16",
+)
 
 
 def _target_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -160,7 +170,8 @@ def _target_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         cells = []
         for candidate in _CANDIDATES:
             name, bits = candidate.split("/")
-            cells.append(f"{found[f'{name}/{source}/{ratio}/{kind}/{bits}'] / base:.3f}")
+            error = found.get(f"{name}/{source}/{ratio}/{kind}/{bits}")  # (None in results of earlier versions)
+            cells.append("" if error is None else f"{error / base:.3f}")
         rows.append((result["condition"], title, f"{base:.3g}", *cells, f"{share:g}"))
     return rows
 
@@ -174,6 +185,7 @@ def _error_table(result: dict[str, Any]) -> str:
         for ratio in ratios
         for source in SOURCES
         for name in VARIANTS
+        if f"{name}/{source}/{ratio}/rows/{AS_IS}" in found
     ]
     titles = [f"{kind}, {bits} bits" for kind, bits in columns]
     return tabulate(rows, ("ratio", "norms", "estimator", *titles), tablefmt="github", disable_numparse=True)
