@@ -5,8 +5,7 @@
 A model is trained for some steps; then, for every linear layer of its blocks, ``E |G' - G|^2 / |G|^2`` of one batch is
 computed from its rows and many draws of the package's own estimators. The sources of ``|g_i|``: "activation" knows nothing;
 "position" is the root of its mean square at each position over the last ``--age`` steps; "sample" is that of the same examples
-``--age`` steps before, with other dropout masks; "blend" is ``sample^(3/4) position^(1/4)``; "true" is itself, as late sites
-have it. Every kind of batch becomes a JSON
+``--age`` steps before, with other dropout masks; "true" is itself, as late sites have it. Every kind of batch becomes a JSON
 file under ``variance/``, and one that is there is not computed again; the tables are made from all.
 """
 
@@ -24,7 +23,7 @@ from wtacrs_fx import measure
 from wtacrs_fx.benchmarks.variance_data import CONDITIONS, Task, Watch, train
 from wtacrs_fx.benchmarks.variance_errors import AS_IS, BITS, VARIANTS, condition, layer_errors
 
-SOURCES = ("activation", "position", "sample", "blend", "true")
+SOURCES = ("activation", "position", "sample", "true")
 
 WARM = 5
 """Steps before the norms of "sample" are taken."""
@@ -88,7 +87,6 @@ def measure_condition(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 "activation": torch.ones(len(layer.h)),
                 "position": squares[n].sqrt().repeat(len(layer.h) // task.length),
                 "sample": old[i][n].flatten(),
-                "blend": old[i][n].flatten() ** 0.75 * squares[n].sqrt().repeat(len(layer.h) // task.length) ** 0.25,
                 "true": layer.g.norm(dim=1),
             }
             for key, error in layer_errors(layer, guesses, tuple(args.ratios), args.draws, i).items():
@@ -170,7 +168,7 @@ def _target_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         cells = []
         for candidate in _CANDIDATES:
             name, bits = candidate.split("/")
-            error = found.get(f"{name}/{source}/{ratio}/{kind}/{bits}")  # (None in results of earlier versions)
+            error = found.get(f"{name}/{source}/{ratio}/{kind}/{bits}")  # (None: measured before there was the variant)
             cells.append("" if error is None else f"{error / base:.3f}")
         rows.append((result["condition"], title, f"{base:.3g}", *cells, f"{share:g}"))
     return rows
