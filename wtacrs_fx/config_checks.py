@@ -41,8 +41,10 @@ def _as_auto(value: str) -> str:
     with contextlib.suppress(ValueError):
         if name == "auto" and 0 < float(share or 0.3) < 1:
             return f"auto:{float(share or 0.3):g}"
-    raise ValueError(
-        f"ratio={value!r}: as a text expected 'auto', or 'auto:0.2' to spread 0.2 of the rows over the layers; else a number."
+    error = ValueError if name == "auto" else TypeError
+    raise error(
+        f"ratio={value!r}: expected a number, a dict, or as a text 'auto' or 'auto:0.2', which spreads 0.2 of the rows over "
+        "the layers."
     )
 
 
