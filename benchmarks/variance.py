@@ -48,6 +48,7 @@ def main() -> None:
     folder = args.out / "variance"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("conditions", "out")}
+    settings |= {"variants": list(VARIANTS), "sources": list(SOURCES)}
     for name in args.conditions:
         path = folder / f"{name.replace(' ', '_')}.json"
         if not path.exists() or json.loads(path.read_text())["settings"] != settings:
@@ -146,7 +147,14 @@ def render(results: list[dict[str, Any]]) -> str:
     return "\n".join(parts) + "\n"
 
 
-_CANDIDATES = ("systematic/16", "systematic/8", "systematic/4", "systematic, mean/4")
+_CANDIDATES = (
+    "systematic/16",
+    "systematic/8",
+    "systematic/4",
+    "systematic, mean/16",
+    "systematic, mean/4",
+    "systematic, mean, padding/16",
+)
 
 
 def _target_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -160,7 +168,8 @@ def _target_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         cells = []
         for candidate in _CANDIDATES:
             name, bits = candidate.split("/")
-            cells.append(f"{found[f'{name}/{source}/{ratio}/{kind}/{bits}'] / base:.3f}")
+            error = found.get(f"{name}/{source}/{ratio}/{kind}/{bits}")  # (None: measured before there was the variant)
+            cells.append("" if error is None else f"{error / base:.3f}")
         rows.append((result["condition"], title, f"{base:.3g}", *cells, f"{share:g}"))
     return rows
 
@@ -174,6 +183,7 @@ def _error_table(result: dict[str, Any]) -> str:
         for ratio in ratios
         for source in SOURCES
         for name in VARIANTS
+        if f"{name}/{source}/{ratio}/rows/{AS_IS}" in found
     ]
     titles = [f"{kind}, {bits} bits" for kind, bits in columns]
     return tabulate(rows, ("ratio", "norms", "estimator", *titles), tablefmt="github", disable_numparse=True)

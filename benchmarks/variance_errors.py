@@ -11,6 +11,7 @@ expected squared rounding error of row j: roundings are independent of each othe
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,15 +111,27 @@ def draw_errors(
     return float(((v @ kernel) * v).sum() / draws), squares.mean(0)
 
 
-VARIANTS: Mapping[str, tuple[str, bool, bool]] = {
-    "crs": ("crs", False, False),
-    "wta_crs": ("wta_crs", False, False),
-    "topk": ("topk", False, False),
-    "systematic": ("systematic", False, False),
-    "systematic, mean": ("systematic", True, False),
-    "systematic, by sequence": ("systematic", False, True),
+class Variant(NamedTuple):
+    """An estimator, and what is done besides."""
+
+    estimator: str
+    mean: bool = False
+    """The mean row (of rows that have a gradient) as a control variate."""
+    stratified: bool = False
+    """By sequence."""
+    padding: bool = False
+    """Rows without a gradient are known, and have probability zero."""
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "crs": Variant("crs"),
+    "wta_crs": Variant("wta_crs"),
+    "topk": Variant("topk"),
+    "systematic": Variant("systematic"),
+    "systematic, mean": Variant("systematic", mean=True),
+    "systematic, mean, padding": Variant("systematic", mean=True, padding=True),
+    "systematic, by sequence": Variant("systematic", stratified=True),
 }
-"""Name -> estimator, with the mean as a control variate, stratified by sequence."""
 
 
 def layer_errors(
@@ -144,11 +157,12 @@ def layer_errors(
     }
     rows, width = layer.h.shape
     result: dict[str, float] = {}
-    for name, (estimator, mean, stratified) in VARIANTS.items():
+    for name, (estimator, mean, stratified, padding) in VARIANTS.items():
         norms = layers[mean].h.norm(dim=1)
         for source, guess in gradient_norms.items():
             weights = norms * guess
             weights = weights if source == "true" else weights.clamp_min(FLOOR * float(weights.mean()))
+            weights = weights * layer.real if padding else weights
             for ratio in ratios:
                 k = math.ceil(ratio * rows)
                 found: dict[int, tuple[float, Tensor]] = {}

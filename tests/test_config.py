@@ -71,6 +71,9 @@ def test_frozen():
 def test_fingerprint_covers_every_option():
     changed = {
         "ratio": 0.2,
+        "noise": 0.1,
+        "recalibrate": 5,
+        "recompilations": 5,
         "estimator": "crs",
         "row_bits": 8,
         "center_rows": True,

@@ -145,6 +145,28 @@ def test_results_are_kept_and_read_again(tmp_path, monkeypatch, capsys):
     assert "25 % padding, 32 rows, 1 layers" in text
     base, ours = (variance.medians(result)[f"{n}/sample/0.3/rows/16"] for n in ("wta_crs", "systematic"))
     assert f"{ours / base:.3f}" in text
+    # Known padding leaves more draws to the other rows.
+    known, unknown = (
+        variance.medians(result)[f"systematic, mean{p}/activation/0.3/rows/16"] for p in (", padding", "")
+    )
+    assert known < unknown
+    assert "systematic, mean, padding" in text
+
+
+def test_results_of_earlier_versions_are_shown_without_what_they_lack():
+    environment = {"torch": "2.13"}
+    settings = {"ratios": [0.3], "draws": 8, "batches": 1, "age": 3}
+    errors = {
+        f"{n}/{s}/0.3/{kind}/{bits}": 0.5
+        for n in ("wta_crs", "systematic")
+        for s in ("activation", "sample")
+        for kind in ("rows", "bytes")
+        for bits in BITS
+    }
+    result = {"condition": "old", "padding": 0.0, "rows": 32, "layers": {"a": errors}, "conditions": {}}
+    text = variance.render([{**result, "settings": settings, "environment": environment}])
+    assert "| old " in text
+    assert "1.000" in text
 
 
 def test_newsgroups_are_read_behind_their_header(tmp_path):

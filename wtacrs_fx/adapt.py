@@ -23,9 +23,9 @@ from torch import Tensor
 from wtacrs_fx.choose import Calibration, choose, differ
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
+from wtacrs_fx.inductor import like_compiled
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.measured import Measurement
-from wtacrs_fx.norm_state import like_compiled
 from wtacrs_fx.private import FakeTensor, TracingContext, tracing
 
 BACKWARDS = 4

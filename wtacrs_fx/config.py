@@ -1,7 +1,6 @@
 """Options: the one place where they are defined, documented and checked."""
 
 import dataclasses
-import difflib
 import fnmatch
 import hashlib
 import json
@@ -12,33 +11,24 @@ from typing import Any, ClassVar
 from tabulate import tabulate
 
 from wtacrs_fx.config_checks import (
+    OUTPUT_HEADS,
     as_inductor_options,
     as_patterns,
     as_ratios,
     check_adaptive,
     check_budget,
     check_choice,
+    check_flags,
     check_number,
+    check_padding,
+    check_row_bits,
+    check_seed,
+    refuse_state,
+    refuse_unknown,
 )
 from wtacrs_fx.estimators import ESTIMATORS
 from wtacrs_fx.norms import NamedNorms, NormSource, check_norms
 from wtacrs_fx.rounding import BITS
-
-OUTPUT_HEADS = (
-    "*lm_head",
-    "*classifier",
-    "*classifier.*",
-    "*score",
-    "*qa_outputs",
-    "*embed_out",
-    "cls.*",
-    "head",
-    "heads.*",
-    "*.head",
-    "*_head",
-)
-"""Names that output heads go by in Hugging Face, timm and torchvision models."""
-
 
 ROW_BITS = (8, 4)
 """Of kept rows. At 2 bits the rounding is as large as what it rounds."""
@@ -183,50 +173,27 @@ class Config:
             object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
         object.__setattr__(self, "inductor", as_inductor_options(self.inductor))
         object.__setattr__(self, "ratio", as_ratios(self.ratio))
-        check_number("recalibrate", self.recalibrate, int, lambda n: n >= 1, "an integer >= 1 (runs of a graph)")
-        check_number("recompilations", self.recompilations, int, lambda n: n >= 1, "an integer >= 1")
-        check_adaptive(self.ratio, self.noise, self.estimator, self.attention)
+        check_adaptive(self)
         check_choice("estimator", self.estimator, tuple(ESTIMATORS))
         check_norms(self.norms)
-        if self.padding is not None and not (isinstance(self.padding, str) and self.padding):
-            raise TypeError(
-                f"padding={self.padding!r}: expected None or the name of a batch argument, e.g. 'attention_mask'."
-            )
+        check_padding(self.padding)
         check_choice("late", self.late, ("sample", "exact"))
         check_choice("inner", self.inner, ("inductor", "eager"))
         check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
         check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
         if self.round_bits is not None:
             check_number("round_bits", self.round_bits, int, lambda b: b in BITS, "None or one of 8, 4, 2 (bits)")
-        if self.row_bits is not None:
-            check_number("row_bits", self.row_bits, int, lambda b: b in ROW_BITS, "None or one of 8, 4 (bits)")
-            if self.ratio == 1:
-                raise ValueError(
-                    f"row_bits={self.row_bits} with ratio=1: no rows are sampled, so that none would be rounded. To keep all "
-                    f"rows in {self.row_bits} bits use round_bits={self.row_bits}, or a ratio below 1."
-                )
+        check_row_bits(self.row_bits, self.ratio, ROW_BITS)
         check_budget(self.memory_budget)
-        if self.seed is not None:
-            check_number(
-                "seed", self.seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits"
-            )
-        for name in ("attention", "center_rows", "pack_masks", "round_fused_attention"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False.")
-        if not isinstance(self.verbose, bool) and self.verbose != 2:
-            raise TypeError(f"verbose={self.verbose!r}: expected True, False or 2.")
+        check_seed(self.seed)
+        check_flags(self)
 
     def exact(self) -> "Config":
         """The same with nothing sampled, known, rounded, packed or planned: what Inductor's own partition holds."""
-        sampled: dict[str, Any] = {
-            "ratio": 1.0,
-            "noise": None,
-            "attention": False,
-            "norms": "activation",
-            "padding": None,
-        }
+        sampled: dict[str, Any] = {"ratio": 1.0, "noise": None, "attention": False}
+        known: dict[str, Any] = {"norms": "activation", "padding": None}
         held: dict[str, Any] = {"memory_budget": None, "round_bits": None, "row_bits": None, "pack_masks": False}
-        return dataclasses.replace(self, **sampled, **held)
+        return dataclasses.replace(self, **sampled, **known, **held)
 
     @classmethod
     def from_options(cls, options: "Mapping[str, Any] | Config | None" = None) -> "Config":
@@ -241,15 +208,7 @@ class Config:
             return cls()
         if not isinstance(options, Mapping):
             raise TypeError(f"options={options!r}: expected a dict such as {{'ratio': 0.3}}.")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"Did you mean {near[0]!r}? " if near else ""
-                raise TypeError(
-                    f"unknown wtacrs option {key!r}. {hint}Known options: {', '.join(known)}. "
-                    "Inductor's own options go under 'inductor', e.g. options={'inductor': {'max_autotune': True}}."
-                )
+        refuse_unknown(options, [f.name for f in dataclasses.fields(cls)])
         return cls(**options)
 
     def ratio_of(self, module: str) -> float | None:
@@ -262,7 +221,7 @@ class Config:
     @property
     def samples(self) -> bool:
         """Whether any module is asked to keep fewer rows than all."""
-        return any(r < 1 for r in (self.ratio.values() if isinstance(self.ratio, Mapping) else (self.first_ratio,)))
+        return any(r < 1 for r in self.ratio.values()) if isinstance(self.ratio, Mapping) else self.first_ratio < 1
 
     @property
     def first_ratio(self) -> float:
@@ -278,8 +237,7 @@ class Config:
 
     def measuring(self) -> "Config":
         """The same for the first steps: one share everywhere, and graphs that report their noise."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return _Measuring(**{**values, "ratio": self.first_ratio, "noise": None})
+        return _Measuring(**{**_values(self), "ratio": self.first_ratio, "noise": None})
 
     def with_ratios(self, ratios: Mapping[str, float]) -> "Config":
         """The same with shares that were measured; what was not stays exact."""
@@ -304,18 +262,7 @@ class Config:
 
         Raises: ValueError: ``noise``, ratio="auto", ``norms`` or ``padding`` would be without effect there.
         """
-        if self.adapts:
-            name = f"noise={self.noise!r}" if self.noise is not None else f"ratio={self.ratio!r}"
-            raise ValueError(
-                f"{name} with {entry}: noise is measured while a Backend's graphs are trained. Use torch.compile(model, "
-                "backend='wtacrs', options=...), or measure before: ratio=wtacrs_fx.calibrate(model, batches, ...).ratios."
-            )
-        if self.has_state:
-            name = f"norms={self.norms_kind!r}" if self.norms != "activation" else f"padding={self.padding!r}"
-            raise ValueError(
-                f"{name} with {entry}: what is known of gradients belongs to a Backend. Use torch.compile(model, "
-                "backend='wtacrs', options=...), or leave the option out."
-            )
+        refuse_state(self, entry)
 
     @property
     def reuse(self) -> bool | None:
@@ -324,7 +271,7 @@ class Config:
 
     def fingerprint(self) -> str:
         """A hash over every option, for cache keys. Equal options give equal fingerprints in every process."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = _values(self)
         if isinstance(self.ratio, Mapping):
             values["ratio"] = list(self.ratio.items())  # the order of the patterns counts
         values["norms"] = self.norms_kind
@@ -346,3 +293,7 @@ class _Measuring(Config):
     """Options of graphs that report the noise of their products."""
 
     measures = True
+
+
+def _values(config: Config) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}

@@ -8,6 +8,21 @@ from typing import Any
 
 from wtacrs_fx.units import parse_bytes
 
+OUTPUT_HEADS = (
+    "*lm_head",
+    "*classifier",
+    "*classifier.*",
+    "*score",
+    "*qa_outputs",
+    "*embed_out",
+    "cls.*",
+    "head",
+    "heads.*",
+    "*.head",
+    "*_head",
+)
+"""Names that output heads go by in Hugging Face, timm and torchvision models."""
+
 
 def as_patterns(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
@@ -41,13 +56,18 @@ def _as_auto(value: str) -> str:
     with contextlib.suppress(ValueError):
         if name == "auto" and 0 < float(share or 0.3) < 1:
             return f"auto:{float(share or 0.3):g}"
-    raise ValueError(
-        f"ratio={value!r}: as a text expected 'auto', or 'auto:0.2' to spread 0.2 of the rows over the layers; else a number."
+    error = ValueError if name == "auto" else TypeError
+    raise error(
+        f"ratio={value!r}: expected a number, a dict, or as a text 'auto' or 'auto:0.2', which spreads 0.2 of the rows over "
+        "the layers."
     )
 
 
-def check_adaptive(ratio: Any, noise: Any, estimator: str, attention: bool) -> None:
-    """Options that exclude each other where noise is measured."""
+def check_adaptive(config: Any) -> None:
+    """Options about measured noise, and those that it excludes."""
+    for name in ("recalibrate", "recompilations"):
+        check_number(name, getattr(config, name), int, lambda n: n >= 1, "an integer >= 1")
+    ratio, noise = config.ratio, config.noise
     auto = isinstance(ratio, str)
     if noise is not None:
         check_number("noise", noise, float, lambda n: 0 < n < 1e3, "a share of the batch's own variance, such as 0.05")
@@ -62,11 +82,11 @@ def check_adaptive(ratio: Any, noise: Any, estimator: str, attention: bool) -> N
             )
     if noise is None and not auto:
         return
-    if attention:
+    if config.attention:
         raise ValueError(
             "attention=True: only the noise of weight gradients is measured; leave it out, or noise and ratio='auto'."
         )
-    if estimator == "topk":
+    if config.estimator == "topk":
         raise ValueError("estimator='topk': it has a bias, which no share of the variance bounds; choose another one.")
 
 
@@ -122,3 +142,59 @@ def check_number(name: str, value: Any, kind: type, ok: Any, expected: str) -> N
         raise TypeError(f"{name}={value!r}: expected {expected}.")
     if not math.isfinite(value) or not ok(value):
         raise ValueError(f"{name}={value!r}: expected {expected}.")
+
+
+def refuse_state(config: Any, entry: str) -> None:
+    """See :meth:`wtacrs_fx.Config.refuse_state`."""
+    if config.adapts:
+        name = f"noise={config.noise!r}" if config.noise is not None else f"ratio={config.ratio!r}"
+        raise ValueError(
+            f"{name} with {entry}: noise is measured while a Backend's graphs are trained. Use torch.compile(model, "
+            "backend='wtacrs', options=...), or measure before: ratio=wtacrs_fx.calibrate(model, batches, ...).ratios."
+        )
+    if config.has_state:
+        name = f"norms={config.norms_kind!r}" if config.norms != "activation" else f"padding={config.padding!r}"
+        raise ValueError(
+            f"{name} with {entry}: what is known of gradients belongs to a Backend. Use torch.compile(model, "
+            "backend='wtacrs', options=...), or leave the option out."
+        )
+
+
+def refuse_unknown(options: Mapping[str, Any], known: list[str]) -> None:
+    """Raises: TypeError: a key that is no option, with the nearest known name."""
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise TypeError(
+                f"unknown wtacrs option {key!r}. {hint}Known options: {', '.join(known)}. "
+                "Inductor's own options go under 'inductor', e.g. options={'inductor': {'max_autotune': True}}."
+            )
+
+
+def check_row_bits(row_bits: Any, ratio: Any, choices: tuple[int, ...]) -> None:
+    if row_bits is not None:
+        check_number("row_bits", row_bits, int, lambda b: b in choices, "None or one of 8, 4 (bits)")
+        if ratio == 1:
+            raise ValueError(
+                f"row_bits={row_bits} with ratio=1: no rows are sampled, so that none would be rounded. To keep all "
+                f"rows in {row_bits} bits use round_bits={row_bits}, or a ratio below 1."
+            )
+
+
+def check_padding(padding: Any) -> None:
+    if padding is not None and not (isinstance(padding, str) and padding):
+        raise TypeError(f"padding={padding!r}: expected None or the name of a batch argument, e.g. 'attention_mask'.")
+
+
+def check_seed(seed: Any) -> None:
+    if seed is not None:
+        check_number("seed", seed, int, lambda s: -(2**63) <= s < 2**63, "None or an integer of at most 64 bits")
+
+
+def check_flags(config: Any) -> None:
+    for name in ("attention", "center_rows", "pack_masks", "round_fused_attention"):
+        if not isinstance(getattr(config, name), bool):
+            raise TypeError(f"{name}={getattr(config, name)!r}: expected True or False.")
+    if not isinstance(config.verbose, bool) and config.verbose != 2:
+        raise TypeError(f"verbose={config.verbose!r}: expected True, False or 2.")

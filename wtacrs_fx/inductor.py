@@ -68,6 +68,14 @@ def uncompiled(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Call
     return boxed
 
 
+def like_compiled(run: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with what AOTAutograd's callables say of themselves (how they take their arguments, above all)."""
+    for key in ("_boxed_call", "zero_grad", "named_parameters", "named_buffers"):
+        if hasattr(compiled, key):
+            setattr(run, key, getattr(compiled, key))
+    return run
+
+
 @contextlib.contextmanager
 def known_results() -> Iterator[None]:
     """Let Inductor remember what it has computed. Results are the same; nothing is changed where torch has no such functions.

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wtacrs_fx.errors import WtacrsWarning
+from wtacrs_fx.inductor import like_compiled
 from wtacrs_fx.measured import Measurement
 from wtacrs_fx.names import Argument
 from wtacrs_fx.norms import NormSource, Rows, floored
@@ -246,14 +247,6 @@ def with_rows(
             return compiled(*args)
 
     return like_compiled(run, compiled)
-
-
-def like_compiled(run: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` with what AOTAutograd's callables say of themselves (how they take their arguments, above all)."""
-    for key in ("_boxed_call", "zero_grad", "named_parameters", "named_buffers"):
-        if hasattr(compiled, key):
-            setattr(run, key, getattr(compiled, key))
-    return run
 
 
 def _earlier(parameters: Sequence[Tensor], state: RowState) -> RowState:
