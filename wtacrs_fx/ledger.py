@@ -39,6 +39,8 @@ class Entry:
     reason: str
     bits: int | None = None
     """In which kept rows are stored; None: as the input's type has it, or no rows are stored."""
+    flops_saved: int = 0
+    """By the rows that the weight gradient is not computed from (0 in graphs of the standalone pass)."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,18 @@ class Ledger:
         """Whether anything is kept in few bits (masks, which are packed to one, left out)."""
         return any(c.bits > 1 for c in self.compressed)
 
+    @property
+    def flops_saved(self) -> int:
+        """By sampling, over all sites."""
+        return sum(e.flops_saved for e in self.entries)
+
+    @property
+    def flops_added(self) -> int:
+        """By products that run again in the backward; 0 without predictions."""
+        if self.predicted is None or self.predicted_exact is None:
+            return 0
+        return self.predicted.flops - self.predicted_exact.flops + self.flops_saved
+
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
         return sum(e.decision == decision for e in self.entries)
@@ -225,12 +239,13 @@ class Ledger:
                 f"{e.kept}/{e.rows}" + (f" in {e.bits} bits" if e.bits else ""),
                 format_bytes(e.bytes_exact),
                 format_bytes(e.bytes_now),
+                f"{e.flops_saved / 1e9:.2f}",
                 e.decision,
                 e.reason,
             )
             for e in self.entries
         ]
-        headers = ("module", "op", "input", "dtype", "rows kept", "exact", "now", "decision", "reason")
+        headers = ("module", "op", "input", "dtype", "rows kept", "exact", "now", "GFLOPs saved", "decision", "reason")
         text = tabulate(rows, headers, disable_numparse=True)
         if self.compressed:
             text += "\n\n" + self._compressed_table()
@@ -272,9 +287,11 @@ class Ledger:
         if self.predicted and self.predicted_exact:
             now, exact = self.predicted, self.predicted_exact
             eager = "" if self.predicted_eager is None else f"eager {format_bytes(self.predicted_eager.peak)}, "
+            added, saved = (f / max(1, exact.flops) for f in (self.flops_added, self.flops_saved))
+            of = f" (recomputed +{added:.2f}, sampled -{saved:.2f})" if self.parts else ""
             text += (
                 f"\npredicted peak of activations: {eager}exact {format_bytes(exact.peak)}, now {format_bytes(now.peak)} "
-                f"({now.peak / max(1, exact.peak):.2f}x); FLOPs {now.flops / max(1, exact.flops):.2f}x, "
+                f"({now.peak / max(1, exact.peak):.2f}x); FLOPs {now.flops / max(1, exact.flops):.2f}x{of}, "
                 f"time {now.seconds / max(1e-30, exact.seconds):.2f}x"
             )
         return "\n".join([text, *self.notes])
