@@ -12,7 +12,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.account import saved_bytes
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
-from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, predict, roofline_of
+from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, memory_options, predict, roofline_of
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
@@ -21,6 +21,7 @@ from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.joint_graph import copy_joint, padding_placeholder, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.layouts import relaid_weights
+from wtacrs_fx.passes.liveness import MemoryOptions
 from wtacrs_fx.passes.meet_budget import meet_budget
 from wtacrs_fx.passes.pack import Packed, pack_masks
 from wtacrs_fx.passes.planner import Planner
@@ -112,7 +113,7 @@ class Work:
         relaid = relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
         self.relaid: set[str] = relaid
         self.in_memory = self.weights - self.relaid
-        self.prediction = predict(self.exact, self.in_memory, self.device)
+        self.prediction = predict(self.exact, self.in_memory, self.device, memory_options(self.config))
 
     @property
     def has_products(self) -> bool:
@@ -200,13 +201,18 @@ class Work:
         assert self.uncut is not None
         saved = {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
         users = {n.name for n in self.users}
-        planner = make_planner(self.uncut, saved, self.weights, users, self.device, self.config.reuse, self.relaid)
+        planner = make_planner(self.uncut, saved, self.weights, users, self.device, self._options, self.relaid)
         if self.config.round_bits is None:
             return [planner]
         roundings = self._roundings(rows_or_bits(self.plan, self.config))
         nodes = {n.name: n for n in self.uncut.graph.nodes}
         with_bits = planner.rounding(substitutes(roundings, self._saved(), self.kinds, nodes))
         return [planner, with_bits] if with_bits.substitutes else [planner]
+
+    def _options(self, ordered: bool) -> MemoryOptions:
+        """Of plans for this work: whether they recompute or round anything."""
+        sampled = any(d.action is not Action.EXACT for d in self.plan)
+        return memory_options(self.config, ordered=ordered, sampled=sampled)
 
     def noise(self) -> float:
         """Of what is rounded, summed."""
@@ -215,8 +221,8 @@ class Work:
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
         if self.known is None or self.known[0] is not self.best:
-            reuse = not (self.recomputed or self.roundings) if self.config.reuse is None else self.config.reuse
-            self.known = self.best, predict(self.best, self.in_memory, self.device, reuse=reuse)
+            ordered = bool(self.recomputed or self.roundings)
+            self.known = self.best, predict(self.best, self.in_memory, self.device, self._options(ordered))
         return self.known[1]
 
     def recompute_as(self, plan: Plan) -> None:

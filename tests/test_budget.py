@@ -14,7 +14,7 @@ import wtacrs_fx
 from wtacrs_fx import measure
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.inductor import ORDERED, uncompiled
+from wtacrs_fx.inductor import ORDERED, SAMPLED, uncompiled
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
@@ -209,17 +209,21 @@ class TestRegions:
         assert take_region_budget(graph, Config(memory_budget=0.5)) == Config(memory_budget=0.5)
 
 
-def test_dead_buffers_are_freed_at_once_where_segments_are_recomputed():
+def test_inductors_options_follow_the_partition():
+    """Dead buffers are freed at once where segments are recomputed; kernels stay in order where rows are sampled."""
     model, batch = Transformer(width=WIDTH, layers=LAYERS), transformer_batch(8, 32, WIDTH)
 
     def options(**given) -> dict:
         torch._dynamo.reset()
-        recorder = Recorder(ratio=1.0, **given)
+        recorder = Recorder(**{"ratio": 1.0, **given})
         gradients(model, *batch, call=torch.compile(model, backend=recorder))
         return recorder.partitioners[-1].inductor
 
     assert options() == {}
+    assert options(ratio=0.5) == SAMPLED
+    assert options(ratio=0.5, inductor={"reorder_for_peak_memory": True}) == {}
     assert options(memory_budget=0.6) == ORDERED
+    assert options(memory_budget=0.6, ratio=0.5) == {**SAMPLED, **ORDERED} == ORDERED
     assert options(memory_budget=0.6, inductor={"allow_buffer_reuse": True}) == {
         k: v for k, v in ORDERED.items() if k != "allow_buffer_reuse"
     }

@@ -317,11 +317,6 @@ class Config:
                 "backend='wtacrs', options=...), or leave the option out."
             )
 
-    @property
-    def reuse(self) -> bool | None:
-        """Inductor's ``allow_buffer_reuse`` where the user has given it."""
-        return self.inductor.get("allow_buffer_reuse")
-
     def fingerprint(self) -> str:
         """A hash over every option, for cache keys. Equal options give equal fingerprints in every process."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
