@@ -7,14 +7,15 @@ All arms of a configuration share their parameters and are timed alternately in 
 configuration becomes a JSON file under ``frontier/``; the table and the plot are made from all files there.
 
 Gradients are compared for one seed. Those of biases and normalisations are exact in every arm of wtacrs, so they
-prove that the backward has seen the dropout masks of the forward.
+prove that the backward has seen the dropout masks of the forward. So does, in every arm and against no other arm, the slope
+of the loss along them, which is compared with a difference of losses for that seed.
 """
 
 import argparse
 import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ from wtacrs_fx import Backend, measure
 from wtacrs_fx.benchmarks import frontier_report
 from wtacrs_fx.benchmarks.families import FAMILIES, Batch
 from wtacrs_fx.benchmarks.options import add_shape, memory_budget
+
+SEED = 1
+"""For which gradients are compared."""
+
+CHANGE = 0.01
+"""Of the loss, to the first order, for which a slope is measured: losses in float32 are known to about 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +113,36 @@ class Trained:
 
     def gradients(self) -> dict[str, Tensor]:
         """For one seed."""
-        torch.manual_seed(1)
+        torch.manual_seed(SEED)
         self.backward()
         result = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad(set_to_none=True)
         return result
+
+
+def slope_error(loss: Callable[[], Tensor], grads: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float:
+    """How far gradients are from the derivative of the loss that they are of.
+
+    The loss changes by ``2 |g| s`` where the parameters go from ``-s g/|g|`` to ``s g/|g|``, to the third order in ``s``; the
+    result is the relative error of that. Only vectors move: the gradients of matrices are estimates in some arms.
+
+    Args:
+        loss: of the parameters, in the state of the random generators that it is called in.
+        grads: of the loss for :data:`SEED`, by the parameter's name.
+        parameters: by name. They are as before afterwards.
+    """
+    moved = {n: (parameters[n], g) for n, g in grads.items() if g.dim() == 1}
+    before = {n: p.detach().clone() for n, (p, _) in moved.items()}
+    norm = torch.stack([g.double().square().sum() for _, g in moved.values()]).sum().sqrt()
+    values = []
+    for sign in (1, -1):
+        for p, g in moved.values():
+            p.data.add_((sign * CHANGE / norm / norm * g).to(p.dtype))
+        torch.manual_seed(SEED)
+        values.append(loss().detach().double())
+        for n, (p, _) in moved.items():
+            p.data.copy_(before[n])
+    return abs(float((values[0] - values[1]) / (2 * CHANGE)) - 1)
 
 
 def main() -> None:
@@ -172,8 +204,11 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
             try:
                 trained = arm.build(model, batch)
                 results[arm.name] = trained.memory()
+                grads = trained.gradients()
+                if arm.micro == 1:  # (else the first micro-batch draws what the loss of all draws later)
+                    parameters = dict(trained.model.named_parameters())
+                    results[arm.name]["slope_error"] = slope_error(trained.loss, grads, parameters)
                 if arm.comparable:
-                    grads = trained.gradients()
                     reference = reference or grads
                     results[arm.name] |= errors(grads, reference)
             except Exception as error:

@@ -33,7 +33,8 @@ def render(results: list[dict[str, Any]]) -> str:
         "ratio to Inductor's default in the same run; step times are medians. Predicted: predicted act. peak over the "
         "measured one. Matrix error: median relative squared error of one draw of the layers' weight gradients; vector error: "
         "largest one of the gradients of biases and normalisations, which are exact in every arm of wtacrs (not compared "
-        "where dropout draws other masks)."
+        "where dropout draws other masks). Slope error: relative difference between the slope of the loss along these "
+        "gradients and a difference of two losses for the same seed; empty where it was not measured."
     ]
     sections += [section(r) for r in results]
     return "\n\n".join(sections) + "\n"
@@ -62,11 +63,12 @@ def section(result: dict[str, Any]) -> str:
                 f"{predicted['peak'] / r['activation_peak_bytes']:.2f}" if predicted else "",
                 f"{r['matrix_error']:.1e}" if "matrix_error" in r else "",
                 f"{r['vector_error']:.0e}" if "vector_error" in r else "",
+                f"{r['slope_error']:.0e}" if "slope_error" in r else "",
             )
         )
     headers = (
         "arm", "held /ind.", "act. peak /ind.", "peak /ind.", "resident /ind.", "step s", "/ind.", "predicted", "matrix error",
-        "vector error",
+        "vector error", "slope error",
     )  # fmt: skip
     environment = ", ".join(f"{k} {v}" for k, v in result["environment"].items())
     title = f"## {result['family']}, {result['layers']} layers, {result['batch_size']}x{result['length']} tokens"

@@ -7,6 +7,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.ledger import Compressed, Entry, Ledger
+from wtacrs_fx.passes.cost import flops
 from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.pack import Packed
@@ -59,9 +60,18 @@ def build_ledger(
                 decision=decision.action.value,
                 reason=reason,
                 bits=decision.form.bits if decision.form and decision.action is Action.EARLY else None,
+                flops_saved=_flops_saved(decision),
             )
         )
     return Ledger(tuple(entries), sum(storages(exact, weights).values()), sum(storages(now, weights).values()))
+
+
+def _flops_saved(decision: Decision) -> int:
+    """Of a product over ``k`` of its rows."""
+    if decision.action is Action.EXACT:
+        return 0
+    rows = hint(decision.site.activation.rows)
+    return flops(decision.site.node) * (rows - hint(decision.k)) // rows
 
 
 def fused_entry(node: Node) -> Entry:

@@ -11,15 +11,16 @@ from torch.fx import Graph, GraphModule
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
+from wtacrs_fx.inductor import options_for
 from wtacrs_fx.ledger import Part, Prediction
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
 from wtacrs_fx.passes.kernels import Facts
-from wtacrs_fx.passes.liveness import module_timeline
+from wtacrs_fx.passes.liveness import MemoryOptions, module_timeline
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import CLOSE, Plan, quietest
 from wtacrs_fx.passes.segments import find_segments
 from wtacrs_fx.passes.sites import primals
-from wtacrs_fx.private import tree_leaves
+from wtacrs_fx.private import inductor_config, tree_leaves
 from wtacrs_fx.units import format_bytes, parse_bytes
 
 Partition = tuple[GraphModule, GraphModule]
@@ -42,11 +43,18 @@ class Uncut:
     num_fwd_outputs: int
 
 
-def predict(partition: Partition, weights: Collection[str], device: Roofline, *, reuse: bool = True) -> Prediction:
-    """Peak, time and FLOPs of a partition, from its two graphs. ``reuse``: whether dead buffers are kept for later ones."""
+def memory_options(config: Config, *, ordered: bool = False, sampled: bool = False) -> MemoryOptions:
+    """Of Inductor: those of the user, then those that such graphs are compiled with, then its own."""
+    options = {**options_for(ordered=ordered, sampled=sampled), **config.inductor}
+    names = ("allow_buffer_reuse", "reorder_for_peak_memory")
+    return MemoryOptions(*(bool(options.get(n, getattr(inductor_config, n))) for n in names))
+
+
+def predict(partition: Partition, weights: Collection[str], device: Roofline, options: MemoryOptions) -> Prediction:
+    """Peak, time and FLOPs of a partition, from its two graphs."""
     facts = Facts()
     forward, backward = (
-        module_timeline(g.graph, weights, backward=b, facts=facts, reuse=reuse)
+        module_timeline(g.graph, weights, backward=b, facts=facts, options=options)
         for g, b in zip(partition, (False, True))
     )
     return Prediction(
@@ -73,7 +81,7 @@ def make_planner(
     weights: Collection[str],
     fixed: Collection[str],
     device: Roofline,
-    reuse: bool | None = None,
+    options: Callable[[bool], MemoryOptions],
     relaid: Collection[str] = (),
 ) -> Planner:
     """A planner for a joint graph.
@@ -84,7 +92,7 @@ def make_planner(
         weights: names of the parameters and buffers.
         fixed: names of the nodes that are recomputed in any case.
         device: for predicting times.
-        reuse: as for :class:`Planner`.
+        options: as for :class:`Planner`.
         relaid: names of those weights that the backward reads as copies.
     """
     weight_nodes = [n for n in primals(uncut.graph) if n.name in weights]
@@ -96,7 +104,7 @@ def make_planner(
         [n for n in weight_nodes if n.name not in relaid],
         device,
         [n for n in uncut.graph.nodes if n.name in fixed],
-        reuse,
+        options,
     )
 
 

@@ -1,18 +1,29 @@
 """Predict when each buffer of a graph is alive once Inductor has compiled it, and how long the graph runs."""
 
-import itertools
-import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts, Kernel, find_kernels, fuse
-from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import view_base
+from wtacrs_fx.passes.reorder import reordered
 from wtacrs_fx.passes.sites import graph_outputs
+
+
+class MemoryOptions(NamedTuple):
+    """What Inductor does about memory."""
+
+    reuse: bool
+    """Whether dead buffers are kept for later ones (``allow_buffer_reuse``)."""
+    reorder: bool
+    """Whether kernels run in an order of its own (``reorder_for_peak_memory``)."""
+
+
+DEFAULT, AT_ONCE = MemoryOptions(reuse=True, reorder=True), MemoryOptions(reuse=False, reorder=False)
 
 
 @dataclass
@@ -45,8 +56,7 @@ def timeline(
     returned: Collection[Node],
     stays: Collection[Node] = (),
     facts: Facts | None = None,
-    *,
-    reuse: bool = True,
+    options: MemoryOptions = DEFAULT,
 ) -> Timeline:
     """Simulate a graph.
 
@@ -56,14 +66,11 @@ def timeline(
         returned: view bases that are alive at the end.
         stays: those of ``returned`` that are gradients of parameters.
         facts: about the graph's nodes, from earlier simulations.
-        reuse: whether Inductor manages memory as by default: dead buffers are kept for later ones (``allow_buffer_reuse``), and
-            products are reordered (``reorder_for_peak_memory``). False: dead buffers are freed at once, in the given order.
+        options: whether dead buffers are freed at once, and kernels run in the given order.
     """
     facts = facts or Facts()
     kernels = find_kernels(nodes, given, returned, facts)
-    groups = fuse(kernels)
-    if reuse:
-        groups = _reordered(groups, returned, facts)
+    groups = fuse(reordered(kernels, given, returned, facts) if options.reorder else kernels)
     last: dict[Node, int] = {}
     for i, group in enumerate(groups):
         for kernel in group:
@@ -89,7 +96,7 @@ def timeline(
         live -= sum(facts.bytes(n) for n in dying if n not in take.values())
     estimate = [a + sum(k.size for k in g if k.internal) for a, g in zip(lives, groups)]
     held = [0] * len(groups)
-    if reuse:
+    if options.reuse:
         new = [[k for k in group if k.node not in take] for group, take in zip(real, takes)]
         freed = [[n for n in d if n not in take.values() and n not in given] for d, take in zip(dies, takes)]
         held = _held_for_reuse(new, freed, estimate, facts)
@@ -98,30 +105,6 @@ def timeline(
         result.kernels += group
         result.live += [a + c] * len(group)
         result.resident += [b] * len(group)
-    return result
-
-
-def _reordered(groups: list[list[Kernel]], returned: Collection[Node], facts: Facts) -> list[list[Kernel]]:
-    """Of two library calls that follow each other and do not need each other, the one after which less is alive first: of
-    the two products of a linear layer's backward mostly the weight's gradient, whose input is freed then."""
-    readers: dict[Node, int] = {}
-    for group in groups:
-        for node in {n for kernel in group for n in kernel.reads}:
-            readers[node] = readers.get(node, 0) + 1
-
-    def movable(group: Sequence[Kernel]) -> bool:
-        node = group[0].node
-        return group[0].library and is_tensor(node) and node.target is not operator.getitem
-
-    def added(group: Sequence[Kernel]) -> int:
-        (kernel,) = group
-        return kernel.size - sum(facts.bytes(n) for n in kernel.reads if readers[n] == 1 and n not in returned)
-
-    result = list(groups)
-    for i, (first, second) in enumerate(itertools.pairwise(groups)):
-        both = movable(first) and movable(second) and result[i] is first
-        if both and first[0].node not in second[0].reads and added(second) < added(first):
-            result[i], result[i + 1] = second, first
     return result
 
 
@@ -176,11 +159,11 @@ def _key(node: Node, facts: Facts) -> tuple[int, torch.dtype]:
 
 
 def module_timeline(
-    graph: Graph, weights: Collection[str], *, backward: bool, facts: Facts, reuse: bool = True
+    graph: Graph, weights: Collection[str], *, backward: bool, facts: Facts, options: MemoryOptions
 ) -> Timeline:
     """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts."""
     outputs = [v for v in graph_outputs(graph) if isinstance(v, Node)]
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     given = {n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights}
     returned = {view_base(n) for n in outputs}
-    return timeline(nodes, given, returned, returned if backward else (), facts, reuse=reuse)
+    return timeline(nodes, given, returned, returned if backward else (), facts, options)

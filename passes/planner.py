@@ -28,7 +28,7 @@ from wtacrs_fx.passes.bits import Substitute, paying
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.kinds import draws, is_drawn_mask
-from wtacrs_fx.passes.liveness import Timeline, timeline
+from wtacrs_fx.passes.liveness import AT_ONCE, DEFAULT, MemoryOptions, Timeline, timeline
 from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, quietest, results_of
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import JointOrder
@@ -64,7 +64,7 @@ class Planner:
         weights: placeholders that are in memory anyway.
         roofline: of the device.
         fixed: nodes that are recomputed in every plan (regions that the user marked).
-        reuse: whether the compiler will keep dead buffers for later ones; None: only in plans that recompute nothing.
+        options: what the compiler does about memory, in plans that recompute or round something (True) and in others.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Planner:
         weights: Collection[Node],
         roofline: Roofline,
         fixed: Collection[Node] = (),
-        reuse: bool | None = None,
+        options: Callable[[bool], MemoryOptions] = lambda ordered: AT_ONCE if ordered else DEFAULT,
     ) -> None:
         self.graph, self.num_fwd_outputs, self.segments, self.roofline = graph, num_fwd_outputs, segments, roofline
-        self.weights, self.fixed, self.reuse = set(weights), set(fixed), reuse
+        self.weights, self.fixed, self.options = set(weights), set(fixed), options
         self.saved = {view_base(n) for n in saved}
         self.forward = forward_nodes(graph, num_fwd_outputs)
         outputs = graph_outputs(graph)
@@ -111,7 +111,7 @@ class Planner:
 
     def simulate(self, choices: Sequence[Choice]) -> Plan:
         """Predicted peak, time and held bytes of a combination."""
-        return self._judge(choices, self._run(choices, self.reuse))
+        return self._judge(choices, self._run(choices, self._options(choices)))
 
     def _judge(self, choices: Sequence[Choice], run: Run) -> Plan:
         line, given, again, facts = run
@@ -128,7 +128,8 @@ class Planner:
         made = [(codes[s], s.bytes) for c in choices for s in c.rounded]
         whole = handed_on(choices) | {view_base(n) for c in choices for n in c.kept}
         gone = {view_base(s.tensor) for c in choices for s in c.rounded} - whole
-        line = timeline(self.forward, (), self.outputs | (set(given) - gone), facts=self.facts)
+        returned = self.outputs | (set(given) - gone)
+        line = timeline(self.forward, (), returned, facts=self.facts, options=self._options(choices))
         live = [
             live + sum(size for place, size in made if place <= self.position[kernel.node])
             for kernel, live in zip(line.kernels, line.live)
@@ -227,7 +228,7 @@ class Planner:
             table: Table = [[] for _ in options]
             for uniform in alike:
                 run = self._uniform(uniform)
-                if uniform is not alike[0] and not self.reuse:
+                if uniform is not alike[0] and self._options(uniform) == AT_ONCE:
                     self._pool.append(self._judge(uniform, run))
                 for row, choice, costs in zip(table, uniform, self._costs(uniform, run)):
                     if all(choice is not known for known, _ in row):
@@ -239,10 +240,10 @@ class Planner:
         """A simulation in which all segments choose alike. (What is kept for reuse fills up room that there is.) Where nothing
         is recomputed it is the same for every granularity."""
         if any(c.recomputed for c in choices):
-            return self._run(choices, False)
+            return self._run(choices, AT_ONCE)
         rounded = frozenset(s for c in choices for s in c.rounded)
         if rounded not in self._kept:
-            self._kept[rounded] = self._run(choices, False)
+            self._kept[rounded] = self._run(choices, AT_ONCE)
         return self._kept[rounded]
 
     def _rounded(self, keep: Choice) -> Choice:
@@ -255,8 +256,10 @@ class Planner:
         moved = sum(2 * self.facts.bytes(view_base(s.tensor)) + s.bytes for s in choice.rounded)
         return self.roofline.seconds(0, moved)
 
-    def _run(self, choices: Sequence[Choice], reuse: bool | None = None) -> Run:
-        reuse = not any(c.recomputed or c.rounded for c in choices) if reuse is None else reuse
+    def _options(self, choices: Iterable[Choice]) -> MemoryOptions:
+        return self.options(bool(self.fixed) or any(c.recomputed or c.rounded for c in choices))
+
+    def _run(self, choices: Sequence[Choice], options: MemoryOptions) -> Run:
         recomputed = self.fixed.union(*(c.recomputed for c in choices))
         kept = {view_base(n) for c in choices for n in c.kept}
         whole = handed_on(choices) | kept
@@ -268,7 +271,7 @@ class Planner:
         if rounded:
             bases = {view_base(s.tensor): s.bytes for s in rounded}
             facts = facts.resized({n: size + facts.bytes(n) * (n in whole) for n, size in bases.items()})
-        line = timeline(backward.nodes, given, self.gradients, self.gradients, facts, reuse=reuse)
+        line = timeline(backward.nodes, given, self.gradients, self.gradients, facts, options)
         return line, given, set(backward.nodes).intersection(self.forward), facts
 
     def _costs(self, choices: Sequence[Choice], run: Run) -> list[Costs]:

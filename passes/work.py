@@ -1,7 +1,6 @@
 """One joint graph on its way to a partition: what was found in it, the best cut so far, and the next attempt."""
 
 import copy
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,17 +12,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.account import saved_bytes
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
-from wtacrs_fx.passes.budget import (
-    NO_GAIN,
-    Goal,
-    Partition,
-    Uncut,
-    make_planner,
-    no_larger,
-    predict,
-    report_miss,
-    roofline_of,
-)
+from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, memory_options, predict, roofline_of
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
@@ -32,6 +21,8 @@ from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.joint_graph import copy_joint, padding_placeholder, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.layouts import relaid_weights
+from wtacrs_fx.passes.liveness import MemoryOptions
+from wtacrs_fx.passes.meet_budget import meet_budget
 from wtacrs_fx.passes.pack import Packed, pack_masks
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import Plan
@@ -45,9 +36,6 @@ from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outp
 from wtacrs_fx.passes.unfold import unfold_late_sums
 from wtacrs_fx.passes.watch import watch
 from wtacrs_fx.private import fx_graph_cse
-
-REPLANS = 3
-"""How often the recomputation is planned at most where a finished partition misses the budget."""
 
 
 @dataclass
@@ -125,7 +113,7 @@ class Work:
         relaid = relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
         self.relaid: set[str] = relaid
         self.in_memory = self.weights - self.relaid
-        self.prediction = predict(self.exact, self.in_memory, self.device)
+        self.prediction = predict(self.exact, self.in_memory, self.device, memory_options(self.config))
 
     @property
     def has_products(self) -> bool:
@@ -138,11 +126,11 @@ class Work:
         if budget or self.users or any(d.action is not Action.EXACT for d in self.plan):
             self.first_cut()
             if budget:
-                self._meet_budget()
+                vars(self).update(vars(meet_budget(self)))
             else:
-                self._settle()
+                self.settle_sites()
         if self.config.round_bits is not None and not budget:
-            self._round()
+            self.round_saved()
         if self.best is self.exact:
             self.best = copy_joint(self.exact[0])[0], copy_joint(self.exact[1])[0]
         if self.config.pack_masks:
@@ -154,54 +142,7 @@ class Work:
                 split_seeds(module.graph)
             module.recompile()  # once for all changes
 
-    def _meet_budget(self) -> None:
-        """Plan what is recomputed, and what is rounded; of the finished partitions, with rounding and without, the one that
-        serves the budget best is taken."""
-        goal = Goal.of(self.config, self.prediction)
-        planners = self.planners()
-        plans = [goal.plan(p) for p in planners]
-        able = [(p, plan) for p, plan in zip(planners, plans) if plan is not None]
-        able = able or [(p, p.least_peak(math.inf)) for p in planners]
-        # (what the second planner does not round, the first one has planned too)
-        found = [self._planned(p, plan, goal) for i, (p, plan) in enumerate(able) if i == 0 or plan.rounded]
-        lower = goal.peak == math.inf or goal.missed_by(found[0].predicted()) > 0
-        if lower and self.config.round_bits is not None and not found[0].roundings:
-            found.append(copy.copy(found[0]))  # what its plan leaves to save can still be rounded
-            found[-1]._round()
-        if goal.peak == math.inf and not any(no_larger(w.predicted(), self.prediction) for w in found):
-            if planners[0].keep is not plans[0]:
-                found.append(self._planned(planners[0], planners[0].keep, goal))
-            found = [w for w in found if no_larger(w.predicted(), self.prediction)] or [self._exactly()]
-        vars(self).update(vars(goal.best(found, Work.predicted, Work.noise)))
-        if goal.missed_by(self.predicted()) > 0 and goal.peak < math.inf:
-            report_miss(self.predicted(), self._held(self.best), self.prediction, self.config, bool(self.users))
-
-    def _planned(self, planner: Planner, plan: Plan, goal: Goal) -> "Work":
-        """Do as planned, cut, and look at the result, to which settled sites and the cut itself have added. Where it misses
-        the budget, plan again for less, by as much as the result differs from its plan."""
-        least = planner.least_peak(math.inf)
-        tried = []
-        for _ in range(REPLANS):
-            work = copy.copy(self)
-            work._recompute(plan)
-            work._settle()
-            if plan.rounded:
-                work._round({n.name for n in plan.rounded})
-            reached = work.predicted()
-            tried.append((goal.missed_by(reached), work))
-            if tried[-1][0] <= 0 or plan is least:
-                break
-            plan = goal.after(plan, reached).plan(planner) or least
-        return min(tried, key=lambda t: t[0])[1]
-
-    def _exactly(self) -> "Work":
-        """The exact partition, where every other one takes more."""
-        work = copy.copy(self)
-        work.plan = [d if d.action is Action.EXACT else d.to(Action.EXACT, NO_GAIN) for d in self.plan]
-        work.best, work.known, work.done = self.exact, (self.exact, self.prediction), Sampled()
-        return work
-
-    def _settle(self) -> None:
+    def settle_sites(self) -> None:
         """Revise the sites in the light of the last cut, and cut again as often as that changes something."""
         needed = needed_whole(self.plan, self.kinds) | self.starts
         revised, changed = settle(self.plan, self._saved(), needed, self.config, self.recomputed)
@@ -218,7 +159,7 @@ class Work:
         exact = self.recomputed | self.starts.keys()
         return decide_roundings(share(factors, self.kinds), plan, self._saved(), exact, self.config)
 
-    def _round(self, chosen: Collection[str] | None = None) -> None:
+    def round_saved(self, chosen: Collection[str] | None = None) -> None:
         """Round the tensors chosen by name (None: all that can be), revise the sites, and take back what did not pay."""
         before, work = self._saved(), copy.copy(self)
         work.plan = rows_or_bits(self.plan, self.config)
@@ -244,6 +185,10 @@ class Work:
             self.plan, self.roundings = plan, left
             self.best, self.done, _ = self._attempt(plan)
 
+    def held_bytes(self) -> int:
+        """Between forward and backward, by the best partition so far."""
+        return self._held(self.best)
+
     def _held(self, partition: Partition) -> int:
         return saved_bytes(partition[0], self.num_fwd_outputs, self.in_memory)
 
@@ -256,13 +201,18 @@ class Work:
         assert self.uncut is not None
         saved = {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
         users = {n.name for n in self.users}
-        planner = make_planner(self.uncut, saved, self.weights, users, self.device, self.config.reuse, self.relaid)
+        planner = make_planner(self.uncut, saved, self.weights, users, self.device, self._options, self.relaid)
         if self.config.round_bits is None:
             return [planner]
         roundings = self._roundings(rows_or_bits(self.plan, self.config))
         nodes = {n.name: n for n in self.uncut.graph.nodes}
         with_bits = planner.rounding(substitutes(roundings, self._saved(), self.kinds, nodes))
         return [planner, with_bits] if with_bits.substitutes else [planner]
+
+    def _options(self, ordered: bool) -> MemoryOptions:
+        """Of plans for this work: whether they recompute or round anything."""
+        sampled = any(d.action is not Action.EXACT for d in self.plan)
+        return memory_options(self.config, ordered=ordered, sampled=sampled)
 
     def noise(self) -> float:
         """Of what is rounded, summed."""
@@ -271,11 +221,12 @@ class Work:
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
         if self.known is None or self.known[0] is not self.best:
-            reuse = not (self.recomputed or self.roundings) if self.config.reuse is None else self.config.reuse
-            self.known = self.best, predict(self.best, self.in_memory, self.device, reuse=reuse)
+            ordered = bool(self.recomputed or self.roundings)
+            self.known = self.best, predict(self.best, self.in_memory, self.device, self._options(ordered))
         return self.known[1]
 
-    def _recompute(self, plan: Plan) -> None:
+    def recompute_as(self, plan: Plan) -> None:
+        """From now on recompute what a plan says."""
         by_name = {n.name: n for n in self.joint.graph.nodes}
         self.recomputation = plan
         self.recomputed = self.users | {by_name[n.name] for n in plan.recomputed if n.name in by_name}

@@ -11,7 +11,8 @@ from torch import nn
 
 from wtacrs_fx import measure
 from wtacrs_fx.benchmarks import frontier_report, paper_table2, rounding
-from wtacrs_fx.benchmarks.frontier import errors
+from wtacrs_fx.benchmarks.families import FAMILIES
+from wtacrs_fx.benchmarks.frontier import SEED, errors, slope_error
 
 
 def arm(peak: int, median: float, **more) -> dict:
@@ -65,6 +66,23 @@ def test_errors_tell_matrices_of_layers_from_vectors():
     assert errors(grads, exact) == {"matrix_error": 0.25, "vector_error": 0.0}
 
 
+def test_slope_tells_gradients_of_other_masks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5), nn.Linear(64, 8)).double()
+    x = torch.randn(4, 32).double()
+    parameters = dict(model.named_parameters())
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+
+    def error(seed: int) -> float:
+        torch.manual_seed(seed)
+        grads = torch.autograd.grad(model(x).square().mean(), list(parameters.values()))
+        return slope_error(lambda: model(x).square().mean(), dict(zip(parameters, grads)), parameters)
+
+    assert error(SEED) < 1e-3
+    assert error(SEED + 1) > 0.02
+    assert all(torch.equal(before[n], p) for n, p in parameters.items())
+
+
 def test_peaks_leave_out_gradients_once_they_are_alive():
     model = nn.Linear(256, 1024, bias=False)  # the gradient has 1 MiB
     x = torch.randn(8, 256)
@@ -77,6 +95,16 @@ def test_peaks_leave_out_gradients_once_they_are_alive():
     assert 2**20 <= peaks.total < 1.3 * 2**20
     assert 2 * 8 * 1024 * 4 <= peaks.activations < 0.2 * 2**20
     assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_one_graph_with_their_loss(family):
+    """What a graph behind a break holds would be in no prediction."""
+    torch._dynamo.reset()
+    model, batch = FAMILIES[family](2, 2, 16)
+    loss = torch.compile(model, backend="eager", fullgraph=True)(**batch).loss
+    assert loss.requires_grad
+    assert torch.isfinite(loss)
 
 
 def test_resident_rise():
@@ -113,6 +141,7 @@ def test_the_benchmark_runs(tmp_path):
         assert "error" not in result, (name, result)
         assert result["median"] > 0
         assert result["held_bytes"] <= result["peak_bytes"]
+        assert "micro" in name or result["slope_error"] < 0.02, (name, result)
     assert arms["inductor, 2 micro-batches"]["held_bytes"] < 0.7 * arms["inductor"]["held_bytes"]
     assert arms["wtacrs 0.3 budget none"]["vector_error"] < 1e-8
 

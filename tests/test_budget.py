@@ -1,7 +1,9 @@
 """The option ``memory_budget``: its values, the planner behind it, and the model of memory behind that."""
 
+import functools
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,15 +14,16 @@ import wtacrs_fx
 from wtacrs_fx import measure
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.inductor import ORDERED
+from wtacrs_fx.inductor import ORDERED, SAMPLED, uncompiled
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
 from wtacrs_fx.passes.liveness import timeline
+from wtacrs_fx.passes.meet_budget import REPLANS
 from wtacrs_fx.passes.planner import TARGETS, Planner
 from wtacrs_fx.passes.segments import find_segments, forward_nodes, merge
 from wtacrs_fx.passes.sites import graph_outputs
-from wtacrs_fx.passes.work import REPLANS, Work
+from wtacrs_fx.passes.work import Work
 from wtacrs_fx.units import parse_bytes
 
 from helpers import SMALL, Moments, Recorder, Transformer, gradients, transformer_batch
@@ -103,6 +106,22 @@ class TestOption:
         ):
             call(*batch).backward()
         assert backend.ledger.parts
+
+    def test_the_plan_is_the_same_with_cuda_graphs(self, monkeypatch):
+        """``mode="reduce-overhead"`` changes how kernels are started, not what is planned."""
+        partition_only = functools.partial(wtacrs_fx.backend.compile_inductor, compile_graph=uncompiled)
+        monkeypatch.setattr(wtacrs_fx.backend, "compile_inductor", partition_only)
+        monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+
+        def ledger(**given) -> Ledger:
+            model, batch, _, backend = compiled_transformer(memory_budget=0.6, inner="inductor")
+            torch._dynamo.reset()
+            torch.compile(model, backend=backend, **given)(*batch)
+            return backend.ledger
+
+        planned = ledger(mode="reduce-overhead")
+        assert planned == ledger()
+        assert planned.predicted.peak <= 0.6 * planned.predicted_exact.peak
 
     def test_auto_is_the_default(self):
         assert Config().memory_budget == "auto"
@@ -190,17 +209,21 @@ class TestRegions:
         assert take_region_budget(graph, Config(memory_budget=0.5)) == Config(memory_budget=0.5)
 
 
-def test_dead_buffers_are_freed_at_once_where_segments_are_recomputed():
+def test_inductors_options_follow_the_partition():
+    """Dead buffers are freed at once where segments are recomputed; kernels stay in order where rows are sampled."""
     model, batch = Transformer(width=WIDTH, layers=LAYERS), transformer_batch(8, 32, WIDTH)
 
     def options(**given) -> dict:
         torch._dynamo.reset()
-        recorder = Recorder(ratio=1.0, **given)
+        recorder = Recorder(**{"ratio": 1.0, **given})
         gradients(model, *batch, call=torch.compile(model, backend=recorder))
         return recorder.partitioners[-1].inductor
 
     assert options() == {}
+    assert options(ratio=0.5) == SAMPLED
+    assert options(ratio=0.5, inductor={"reorder_for_peak_memory": True}) == {}
     assert options(memory_budget=0.6) == ORDERED
+    assert options(memory_budget=0.6, ratio=0.5) == {**SAMPLED, **ORDERED} == ORDERED
     assert options(memory_budget=0.6, inductor={"allow_buffer_reuse": True}) == {
         k: v for k, v in ORDERED.items() if k != "allow_buffer_reuse"
     }
@@ -216,8 +239,9 @@ def test_auto_takes_no_longer_than_exact():
     assert ledger.predicted.peak < 0.7 * ledger.predicted_exact.peak
 
 
-def test_ledger_round_trip():
-    _, batch, call, backend = compiled_transformer(memory_budget=0.5)
+def test_ledger_of_a_plan():
+    """It comes back from JSON; the FLOPs of what is recomputed and of what rows save are those of the graphs."""
+    _, batch, call, backend = compiled_transformer(memory_budget=0.5, ratio=0.5)
     call(*batch).backward()
     ledger = backend.ledger
     assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
@@ -225,6 +249,14 @@ def test_ledger_round_trip():
     assert "recompute" in text
     assert "predicted peak" in text
     assert "blocks.1" in text
+    assert re.search(r"FLOPs \d\.\d\dx \(recomputed \+0\.\d\d, sampled -0\.\d\d\)", text)
+    weights = [e for e in ledger.entries if e.decision != "exact"]
+    assert len(weights) == 6 * LAYERS
+    outputs = {"up": 4 * WIDTH}
+    products = sum(2 * e.rows * e.shape[-1] * outputs.get(e.module.rpartition(".")[2], WIDTH) for e in weights)
+    assert ledger.flops_saved == products // 2
+    again = sum(p.flops_added for p in ledger.parts)  # as planned; the last cut may save a product's result after all
+    assert 0.8 * again < ledger.flops_added <= again
 
 
 def test_sampled_gradients_under_a_budget_are_unbiased():

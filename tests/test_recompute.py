@@ -32,14 +32,15 @@ class Fused(Transformer):
     """Checkpoint regions around fused attention, which torch's own recomputation cannot compile on CPU (2.13)."""
 
     class Block(nn.Module):
-        def __init__(self, width: int) -> None:
+        def __init__(self, width: int, dropout: float = 0.0) -> None:
             super().__init__()
             self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.dropout = dropout
 
         def forward(self, x):
             b, t, d = x.shape
             q, k, v = (y.view(b, t, 4, -1).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
-            attention = nn.functional.scaled_dot_product_attention(q, k, v)
+            attention = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout)
             return x + self.out(attention.transpose(1, 2).reshape(b, t, d))
 
     def __init__(self) -> None:
@@ -170,16 +171,29 @@ def test_gradients_are_those_of_the_exact_run(budget, dropout, inner):
         torch.testing.assert_close(planned[name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("budget", [None, 0.6])
-def test_directional_derivative_with_dropout(budget):
-    """The gradient is the derivative of the loss along a direction for the masks of that seed."""
+@pytest.mark.filterwarnings("ignore:wtacrs. memory_budget=0.01. the least peak")
+@pytest.mark.parametrize(
+    ("attention", "budget", "ratio"),
+    [
+        ("written out", None, 1.0),
+        ("written out", 0.6, 0.3),
+        ("written out", 0.01, 1.0),
+        ("fused", None, 1.0),
+        ("fused", 0.6, 0.3),
+    ],
+)
+def test_directional_derivative_with_dropout(attention, budget, ratio):
+    """The gradient is the derivative of the loss along a direction for the masks of that seed, attention's own masks included,
+    whatever is recomputed. Where rows are sampled the direction is one of vectors, whose gradients are exact."""
     torch.set_default_dtype(torch.float64)
     try:
         torch.manual_seed(0)
         model = Transformer(width=32, layers=3, dropout=0.4)
+        if attention == "fused":
+            model.blocks = nn.ModuleList(Fused.Block(32, dropout=0.4) for _ in range(3))
         x, target = transformer_batch(4, 16, 32)
         batch = (x.double(), target)
-        backend = wtacrs_fx.Backend(ratio=1.0, memory_budget=budget, inner="eager")
+        backend = wtacrs_fx.Backend(inner="eager", **{**SMALL, "memory_budget": budget, "ratio": ratio})
         compiled = torch.compile(model, backend=backend)
 
         def loss() -> torch.Tensor:
@@ -188,18 +202,21 @@ def test_directional_derivative_with_dropout(budget):
 
         torch.manual_seed(11)
         grads = gradients(model, *batch, call=compiled)
-        direction = {n: torch.randn_like(p) for n, p in model.named_parameters()}
-        slope = sum(float((grads[n] * d).sum()) for n, d in direction.items() if n in grads)
+        moved = {n: p for n, p in model.named_parameters() if n in grads and (ratio == 1 or p.dim() == 1)}
+        direction = {n: torch.randn_like(p) for n, p in moved.items()}
+        slope = sum(float((grads[n] * d).sum()) for n, d in direction.items())
         step, values = 1e-5, []
         for sign in (1, -1):
             with torch.no_grad():
-                for n, p in model.named_parameters():
+                for n, p in moved.items():
                     p.add_(direction[n], alpha=sign * step)
             values.append(float(loss().detach()))
             with torch.no_grad():
-                for n, p in model.named_parameters():
+                for n, p in moved.items():
                     p.sub_(direction[n], alpha=sign * step)
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-5)
+        assert bool(budget) == any(p.decision == "recompute" for p in backend.ledger.parts)
+        assert (ratio < 1) == any(e.decision != "exact" for e in backend.ledger.entries)
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -20,7 +20,7 @@ from wtacrs_fx.choose import Calibration
 from wtacrs_fx.config import Config
 from wtacrs_fx.distributed import check_ranks, refuse_dtensors
 from wtacrs_fx.errors import WtacrsWarning
-from wtacrs_fx.inductor import ORDERED, ROUNDED, compile_inductor, uncompiled
+from wtacrs_fx.inductor import compile_inductor, options_for, uncompiled
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.measured import Measurement
 from wtacrs_fx.names import dynamo_names
@@ -56,11 +56,11 @@ class Partitioner(CustomPartitionerFn):
 
     def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         forward, backward, ledger = partition(gm, joint_inputs, config=self.config, names=self.names, **kwargs)
+        self.inductor = {}
         if ledger is not None:
             self.publish(ledger)
-        options = ORDERED if ledger is not None and ledger.ordered else {}
-        options = {**options, **ROUNDED} if ledger is not None and ledger.rounded else options
-        self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
+            options = options_for(ordered=ledger.ordered, sampled=ledger.sampled, rounded=ledger.rounded)
+            self.inductor = {k: v for k, v in options.items() if k not in self.config.inductor}
         return forward, backward
 
     def publish(self, ledger: Ledger) -> None:

@@ -264,11 +264,6 @@ class Config:
         """
         refuse_state(self, entry)
 
-    @property
-    def reuse(self) -> bool | None:
-        """Inductor's ``allow_buffer_reuse`` where the user has given it."""
-        return self.inductor.get("allow_buffer_reuse")
-
     def fingerprint(self) -> str:
         """A hash over every option, for cache keys. Equal options give equal fingerprints in every process."""
         values = _values(self)

@@ -26,6 +26,12 @@ a tensor is rounded where it is made, and its codes alone are held from there on
 later ones would be alive while other segments run. Kernels that may be fused lie between the same two library calls, so
 that few pairs of readers of a tensor have to be tried."""
 
+SAMPLED: dict[str, Any] = {"reorder_for_peak_memory": False}
+"""Further ones where rows are sampled: kernels run in the order of the graph, which is autograd's. Inductor compares that order
+with three others by estimates that free every buffer as soon as its last reader has run. In C++ kernels between two library
+calls are one function, whose results are all allocated before it, so that the order of the least estimate can need more: a
+Whisper with sampled rows 6 % more, where the zeros for an embedding's gradient were written beside the logits."""
+
 ROUNDED: dict[str, Any] = {"realize_opcount_threshold": 256}
 """Further ones where tensors are rounded. Making codes takes about a hundred operations an element, most of them of the random
 number. By default Inductor writes a value of more than a hundred operations to memory (50 where it has several readers): the
@@ -33,6 +39,11 @@ codes before they are packed, in 4 bytes each, as large as the tensor that they 
 
 _MEMOISED = ("simplify_index_in_vec_range", "stride_at_vec_range")
 """Pure functions of ``torch._inductor.sizevars`` that C++ code generation asks again and again."""
+
+
+def options_for(*, ordered: bool, sampled: bool, rounded: bool = False) -> dict[str, Any]:
+    """Inductor's options for a graph: whether memory was planned for its order, rows are sampled, tensors are rounded."""
+    return {**(SAMPLED if sampled else {}), **(ORDERED if ordered else {}), **(ROUNDED if rounded else {})}
 
 
 @roomy

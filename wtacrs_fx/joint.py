@@ -20,7 +20,8 @@ from wtacrs_fx.passes.sites import find_sites
 from wtacrs_fx.passes.tangents import find_tangents, handed_over, match_gradients
 from wtacrs_fx.passes.watch import watch
 from wtacrs_fx.private import OpOverload
-from wtacrs_fx.rewrite import check_traced, flatten_inputs, propagate, report, share
+from wtacrs_fx.rewrite import report
+from wtacrs_fx.traced_graph import check_traced, flatten_inputs, propagate, share
 
 
 def rewrite_joint(

@@ -39,6 +39,8 @@ class Entry:
     reason: str
     bits: int | None = None
     """In which kept rows are stored; None: as the input's type has it, or no rows are stored."""
+    flops_saved: int = 0
+    """By the rows that the weight gradient is not computed from (0 in graphs of the standalone pass)."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,26 @@ class Ledger:
         return self.recomputed > 0 or self.rounded
 
     @property
+    def sampled(self) -> bool:
+        """Whether any site is."""
+        return self.count("exact") < len(self.entries)
+
+    @property
     def rounded(self) -> bool:
         """Whether anything is kept in few bits (masks, which are packed to one, left out)."""
         return any(c.bits > 1 for c in self.compressed)
+
+    @property
+    def flops_saved(self) -> int:
+        """By sampling, over all sites."""
+        return sum(e.flops_saved for e in self.entries)
+
+    @property
+    def flops_added(self) -> int:
+        """By products that run again in the backward; 0 without predictions."""
+        if self.predicted is None or self.predicted_exact is None:
+            return 0
+        return self.predicted.flops - self.predicted_exact.flops + self.flops_saved
 
     def count(self, decision: str) -> int:
         """Number of sites with a decision: "early", "late" or "exact"."""
@@ -225,41 +244,21 @@ class Ledger:
                 f"{e.kept}/{e.rows}" + (f" in {e.bits} bits" if e.bits else ""),
                 format_bytes(e.bytes_exact),
                 format_bytes(e.bytes_now),
+                f"{e.flops_saved / 1e9:.2f}",
                 e.decision,
                 e.reason,
             )
             for e in self.entries
         ]
-        headers = ("module", "op", "input", "dtype", "rows kept", "exact", "now", "decision", "reason")
+        headers = ("module", "op", "input", "dtype", "rows kept", "exact", "now", "GFLOPs saved", "decision", "reason")
         text = tabulate(rows, headers, disable_numparse=True)
         if self.compressed:
-            text += "\n\n" + self._compressed_table()
+            text += "\n\n" + ledger_tables.compressed_table(self.compressed)
         if self.parts:
             lines = [(p.name, p.decision, f"{p.flops_added / 1e9:.2f}", ", ".join(p.kept)) for p in self.parts]
             titles = ("segment of the forward", "in the backward", "GFLOPs added", "tensors saved inside")
             text += "\n\n" + tabulate(lines, titles, disable_numparse=True)
         return f"{text}\n{self.summary()}"
-
-    def _compressed_table(self) -> str:
-        """Tensors in fewer bits; equal ones of one kind are counted in one line."""
-        lines: dict[tuple, list[Compressed]] = {}
-        for c in self.compressed:
-            lines.setdefault((c.op, c.shape, c.dtype, c.bits, c.readers), []).append(c)
-        rows = [
-            (
-                f"{same[0].module or same[0].tensor}" + (f" and {len(same) - 1} more" if len(same) > 1 else ""),
-                op,
-                "x".join(map(str, shape)),
-                dtype,
-                bits,
-                format_bytes(sum(c.bytes_exact for c in same)),
-                format_bytes(sum(c.bytes_now for c in same)),
-                ", ".join(readers),
-            )
-            for (op, shape, dtype, bits, readers), same in lines.items()
-        ]
-        headers = ("tensor of", "made by", "shape", "dtype", "bits", "exact", "now", "read by")
-        return tabulate(rows, headers, disable_numparse=True)
 
     def summary(self) -> str:
         """The totals in one line, what is predicted in another, and the notes."""
@@ -272,9 +271,13 @@ class Ledger:
         if self.predicted and self.predicted_exact:
             now, exact = self.predicted, self.predicted_exact
             eager = "" if self.predicted_eager is None else f"eager {format_bytes(self.predicted_eager.peak)}, "
+            of = ""
+            if self.parts:
+                added, saved = (f / max(1, exact.flops) for f in (self.flops_added, self.flops_saved))
+                of = f" (recomputed +{added:.2f}, sampled -{saved:.2f})"
             text += (
                 f"\npredicted peak of activations: {eager}exact {format_bytes(exact.peak)}, now {format_bytes(now.peak)} "
-                f"({now.peak / max(1, exact.peak):.2f}x); FLOPs {now.flops / max(1, exact.flops):.2f}x, "
+                f"({now.peak / max(1, exact.peak):.2f}x); FLOPs {now.flops / max(1, exact.flops):.2f}x{of}, "
                 f"time {now.seconds / max(1e-30, exact.seconds):.2f}x"
             )
         return "\n".join([text, *self.notes])

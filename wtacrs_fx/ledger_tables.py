@@ -11,7 +11,7 @@ from tabulate import tabulate
 from wtacrs_fx.units import format_bytes
 
 if TYPE_CHECKING:
-    from wtacrs_fx.ledger import Ledger, Saved
+    from wtacrs_fx.ledger import Compressed, Ledger, Saved
 
 ARMS = {"eager": "bytes_eager", "inductor": "bytes_exact", "wtacrs": "bytes_now"}
 """Title of a column -> field of :class:`wtacrs_fx.ledger.Saved`."""
@@ -122,6 +122,28 @@ def tensor_table(ledger: "Ledger") -> str:
                 (_times(layer) if not i else "", t.module, t.op, shape, t.dtype, *sizes, t.kept, t.decision, why)
             )
     headers = ("layer", "module", "op", "shape", "dtype", *arms, "rows kept", "decision", "reason")
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+def compressed_table(compressed: Iterable["Compressed"]) -> str:
+    """Tensors in fewer bits; equal ones of one kind are counted in one line."""
+    lines: dict[tuple, list[Compressed]] = {}
+    for c in compressed:
+        lines.setdefault((c.op, c.shape, c.dtype, c.bits, c.readers), []).append(c)
+    rows = [
+        (
+            f"{same[0].module or same[0].tensor}" + (f" and {len(same) - 1} more" if len(same) > 1 else ""),
+            op,
+            "x".join(map(str, shape)),
+            dtype,
+            bits,
+            format_bytes(sum(c.bytes_exact for c in same)),
+            format_bytes(sum(c.bytes_now for c in same)),
+            ", ".join(readers),
+        )
+        for (op, shape, dtype, bits, readers), same in lines.items()
+    ]
+    headers = ("tensor of", "made by", "shape", "dtype", "bits", "exact", "now", "read by")
     return tabulate(rows, headers, disable_numparse=True)
 
 

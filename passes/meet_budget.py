@@ -1,0 +1,72 @@
+"""Find the partition that serves a memory budget: plan, cut, look at the result, and plan again where it misses."""
+
+import copy
+import math
+from typing import TYPE_CHECKING
+
+from wtacrs_fx.passes.budget import NO_GAIN, Goal, no_larger, report_miss
+from wtacrs_fx.passes.planner import Planner
+from wtacrs_fx.passes.plans import Plan
+from wtacrs_fx.passes.policy import Action
+from wtacrs_fx.passes.sample import Sampled
+
+if TYPE_CHECKING:
+    from wtacrs_fx.passes.work import Work
+
+REPLANS = 3
+"""How often the recomputation is planned at most where a finished partition misses the budget."""
+
+
+def meet_budget(work: "Work") -> "Work":
+    """Decide what is recomputed, and what is rounded.
+
+    Returns: of the finished partitions, with rounding and without, the one that serves the budget best.
+
+    Raises: BudgetError: the budget is in bytes and cannot be met. (A share that cannot be met is a warning.)
+    """
+    goal = Goal.of(work.config, work.prediction)
+    planners = work.planners()
+    plans = [goal.plan(p) for p in planners]
+    able = [(p, plan) for p, plan in zip(planners, plans) if plan is not None]
+    able = able or [(p, p.least_peak(math.inf)) for p in planners]
+    # (what the second planner does not round, the first one has planned too)
+    found = [finish(work, p, plan, goal) for i, (p, plan) in enumerate(able) if i == 0 or plan.rounded]
+    lower = goal.peak == math.inf or goal.missed_by(found[0].predicted()) > 0
+    if lower and work.config.round_bits is not None and not found[0].roundings:
+        found.append(copy.copy(found[0]))  # what its plan leaves to save can still be rounded
+        found[-1].round_saved()
+    if goal.peak == math.inf and not any(no_larger(w.predicted(), work.prediction) for w in found):
+        if planners[0].keep is not plans[0]:
+            found.append(finish(work, planners[0], planners[0].keep, goal))
+        found = [w for w in found if no_larger(w.predicted(), work.prediction)] or [exactly(work)]
+    best = goal.best(found, lambda w: w.predicted(), lambda w: w.noise())
+    if goal.missed_by(best.predicted()) > 0 and goal.peak < math.inf:
+        report_miss(best.predicted(), best.held_bytes(), work.prediction, work.config, bool(work.users))
+    return best
+
+
+def finish(work: "Work", planner: Planner, plan: Plan, goal: Goal) -> "Work":
+    """Do as planned, cut, and look at the result, to which settled sites and the cut itself have added. Where it misses
+    the budget, plan again for less, by as much as the result differs from its plan."""
+    least = planner.least_peak(math.inf)
+    tried: list[tuple[float, Work]] = []
+    for _ in range(REPLANS):
+        attempt = copy.copy(work)
+        attempt.recompute_as(plan)
+        attempt.settle_sites()
+        if plan.rounded:
+            attempt.round_saved({n.name for n in plan.rounded})
+        reached = attempt.predicted()
+        tried.append((goal.missed_by(reached), attempt))
+        if tried[-1][0] <= 0 or plan is least:
+            break
+        plan = goal.after(plan, reached).plan(planner) or least
+    return min(tried, key=lambda t: t[0])[1]
+
+
+def exactly(work: "Work") -> "Work":
+    """The exact partition, where every other one takes more."""
+    exact = copy.copy(work)
+    exact.plan = [d if d.action is Action.EXACT else d.to(Action.EXACT, NO_GAIN) for d in work.plan]
+    exact.best, exact.known, exact.done = work.exact, (work.exact, work.prediction), Sampled()
+    return exact
