@@ -111,12 +111,12 @@ class TestOption:
         """``mode="reduce-overhead"`` changes how kernels are started, not what is planned."""
         partition_only = functools.partial(wtacrs_fx.backend.compile_inductor, compile_graph=uncompiled)
         monkeypatch.setattr(wtacrs_fx.backend, "compile_inductor", partition_only)
-        monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
 
         def ledger(**given) -> Ledger:
             model, batch, _, backend = compiled_transformer(memory_budget=0.6, inner="inductor")
             torch._dynamo.reset()
-            torch.compile(model, backend=backend, **given)(*batch)
+            with torch._functorch.config.patch(enable_autograd_cache=False):
+                torch.compile(model, backend=backend, **given)(*batch)
             return backend.ledger
 
         planned = ledger(mode="reduce-overhead")
