@@ -1,5 +1,6 @@
 """Account for a partition: which storages are held between forward and backward, and what each site has to do with it."""
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -7,7 +8,6 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.ledger import Compressed, Entry, Ledger
-from wtacrs_fx.passes.cost import flops
 from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.pack import Packed
@@ -67,11 +67,11 @@ def build_ledger(
 
 
 def _flops_saved(decision: Decision) -> int:
-    """Of a product over ``k`` of its rows."""
+    """Of a product that is contracted over ``k`` rows only: two for every row left out and element of the result."""
     if decision.action is Action.EXACT:
         return 0
-    rows = hint(decision.site.activation.rows)
-    return flops(decision.site.node) * (rows - hint(decision.k)) // rows
+    left_out = hint(decision.site.activation.rows) - hint(decision.k)
+    return 2 * left_out * math.prod(hint(s) for s in decision.site.node.meta["val"].shape)
 
 
 def fused_entry(node: Node) -> Entry:

@@ -172,10 +172,11 @@ class StepTraces:
         return fits
 
     def _guess(self, arm: str, limit: int) -> int:
-        """The size at which the line through the two traces nearest to the limit meets it; the line starts at no example
-        and no activations."""
+        """The size at which the line through the two traces nearest to the limit meets it. The first line starts at no
+        example and no activations; later ones do not, as gradients hide what the first examples take."""
         traced = [(size, m.total) for (a, size), m in self._found.items() if a == arm]
-        (x, y), (u, v) = sorted([(0, self.fixed), *traced], key=lambda point: abs(point[1] - limit))[:2]
+        points = traced if len(traced) > 1 else [(0, self.fixed), *traced]
+        (x, y), (u, v) = sorted(points, key=lambda point: abs(point[1] - limit))[:2]
         return u if y == v else x + (limit - y) * (u - x) // (v - y)
 
     def _memory(self, arm: str, predicted: Prediction, saved: int) -> TrainingMemory:
