@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/wtacrs-fx demo
 
 test: $(INSTALLED) wheel-check
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15 -m "not long"
 
 test-all: $(INSTALLED) wheel-check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
