@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wtacrs_fx import files, private
+from wtacrs_fx import files, private, sidecar
+from wtacrs_fx.backend import Partitioner
+from wtacrs_fx.config import Config
 from wtacrs_fx.errors import UnsupportedError
 from wtacrs_fx.files import replace_text
 
@@ -160,3 +162,29 @@ def test_private_names_are_used_through_the_table_alone():
 def test_the_tested_versions_include_this_one():
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     assert version >= private.OLDEST
+
+
+def test_ledger_files_of_graphs_that_differ_inside():
+    """By the code of a checkpoint region, or by a region's memory budget: both say nothing in the outer graph's code."""
+
+    class Outer(torch.nn.Module):
+        def __init__(self, function) -> None:
+            super().__init__()
+            self.region = torch.fx.symbolic_trace(function)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.region(x)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name) -> bool:
+            return True
+
+    def path(function=lambda x: x.sin(), share=None) -> Path:
+        outer = Outer(function)
+        graph = torch.fx.GraphModule(outer, Tracer().trace(outer))
+        for node in graph.graph.nodes if share else ():
+            node.meta["custom"] = {"_region_activation_memory_budget": share}
+        return sidecar._path(graph, [torch.ones(3)], Partitioner(Config()))
+
+    assert path() == path()
+    assert len({path(), path(lambda x: x.cos()), path(share=0.5), path(share=0.4)}) == 4

@@ -144,6 +144,29 @@ def test_python_models_that_cannot_be_made(name, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_python_models_without_a_batch_and_with_errors_of_their_own(tmp_path, capsys, monkeypatch):
+    (tmp_path / "own_data.py").write_text(
+        "import torch\n"
+        "class Table(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.x, self.f = torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Linear(64, 64)\n"
+        "    def forward(self):\n"
+        "        return self.f(self.x).sin().sum()\n"
+        "def make():\n"
+        "    return Table(), ()\n"
+        "def fail():\n"
+        "    raise ValueError('no data')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "--python", "own_data:make"]) == 0
+    assert "Training with adamw:" in capsys.readouterr().out
+    assert main(["report", "--python", "own_data:make", "--gpu-memory", "1 GB"]) == 1
+    assert "no batch size to change" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"^no data$"):
+        main(["report", "--python", "own_data:fail"])
+
+
 def test_command_finds_the_largest_batch_of_a_python_model(tmp_path, capsys, monkeypatch):
     (tmp_path / "my_net.py").write_text(
         "import torch\n"

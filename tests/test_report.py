@@ -12,7 +12,7 @@ import wtacrs_fx
 from wtacrs_fx import measure
 from wtacrs_fx.backend import Partitioner, dynamo_names
 from wtacrs_fx.config import Config
-from wtacrs_fx.errors import ReportError
+from wtacrs_fx.errors import BudgetError, ReportError
 from wtacrs_fx.inductor import compile_inductor, uncompiled
 from wtacrs_fx.ledger import Ledger, Saved
 from wtacrs_fx.presets import PRESETS
@@ -259,6 +259,28 @@ def test_graph_breaks_are_told_and_each_graph_is_reported():
 def test_what_cannot_be_reported(model, batch, options, words):
     with pytest.raises(ReportError, match=words):
         wtacrs_fx.report(model, batch, **options)
+
+
+class Branching(nn.Module):
+    def __init__(self, asks) -> None:
+        super().__init__()
+        self.a, self.asks = nn.Linear(64, 64), asks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x).sin().sum() if self.asks(x) else self.a(x).sum()
+
+
+@pytest.mark.parametrize("asks", [lambda x: (x > 0).all(), lambda x: x.sum().item() > 3])
+def test_branches_on_data_between_graphs_are_refused(asks):
+    with pytest.raises(ReportError, match="Branching needs the value of a tensor in its forward"):
+        wtacrs_fx.report(Branching(asks), torch.ones(8, 64))
+
+
+@pytest.mark.parametrize("look", [wtacrs_fx.report, wtacrs_fx.check])
+def test_a_budget_that_cannot_be_met_is_an_error_of_its_own(look):
+    options = {**SMALL, "memory_budget": "20KiB", "inner": "eager"}
+    with pytest.raises(BudgetError, match="memory_budget='20KiB': the least peak"):
+        look(Transformer(), transformer_batch(), **options)
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu", "mps", "hpu"])

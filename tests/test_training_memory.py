@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import wtacrs_fx
-from wtacrs_fx.errors import ReportError
+from wtacrs_fx.errors import BudgetError, ReportError
 from wtacrs_fx.training_memory import OPTIMIZERS, StepTraces, optimizer_bytes, table
 
 from helpers import SMALL
@@ -57,6 +57,18 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     assert text.startswith("MiB"), "less than one GiB"
     assert f"{traces.at('eager', 64).saved / 2**20:.2f}" in text
     assert str(found["wtacrs"]) in text
+
+
+def test_a_budget_in_bytes_ends_the_search():
+    """Above some size no plan meets it: the largest batch of that arm; of exact training it says nothing."""
+    layers = [x for _ in range(4) for x in (nn.Linear(256, 256), nn.GELU())]
+    options = {**SMALL, "memory_budget": "1MiB"}
+    traces = StepTraces(nn.Sequential(*layers), torch.randn(64, 256), "sgd", **options)
+    found = traces.largest_batch("wtacrs", "64 MiB")
+    assert 64 < found < traces.largest_batch("inductor", "64 MiB")
+    assert traces.at("wtacrs", found).total < 8 * 2**20
+    with pytest.raises(BudgetError, match=r"memory_budget='1MiB': the least peak"):
+        traces.at("wtacrs", found + 1)
 
 
 def test_totals():

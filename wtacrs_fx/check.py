@@ -14,7 +14,7 @@ from wtacrs_fx import measure
 from wtacrs_fx.backend import Backend
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
-from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, can_train, starts
+from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, can_train, own_errors, starts
 from wtacrs_fx.units import format_bytes
 
 DRAWS = 40
@@ -200,7 +200,7 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
     config = Config.from_options(options)
     config = dataclasses.replace(config, seed=0 if config.seed is None else config.seed)
     exact_backend, backend = Backend(config.exact()), Backend(config)
-    with torch.random.fork_rng():
+    with own_errors(), torch.random.fork_rng():
         exact, held_exact = _step(torch.compile(model, backend=exact_backend, dynamic=False), model, batch)
         compiled = torch.compile(model, backend=backend, dynamic=False)
         grads, held = _step(compiled, model, batch)

@@ -128,9 +128,9 @@ class Config:
         "auto",
         "Least-time plan of what the backward recomputes, block by block, so that the predicted peak of a step's activations "
         "stays below: a float in (0, 1], share of the exact partition's peak; an int or a string such as '12GiB', bytes. "
-        "'auto': the least peak that is predicted to take no longer than exact training; a graph in which every plan takes "
-        "more memory than that (two layers) is trained exactly. None: no budget; what sampling saves in time is kept as time, "
-        "and nothing is recomputed but what Inductor itself recomputes.",
+        "'auto': the least peak that is predicted to take no longer than exact training; where none is (small models), nothing "
+        "is recomputed; a graph in which every plan takes more memory (two layers) is trained exactly. None: no budget; what "
+        "sampling saves in time is kept as time, and nothing is recomputed but what Inductor itself recomputes.",
     )
     round_bits: int | None = _option(
         None,

@@ -42,7 +42,7 @@ def eager_step(run: FakeRun) -> EagerStep:
         ReportError: the model asks for the value of a tensor (a data-dependent branch), or returns nothing to train on.
     """
     observer = _Observer()
-    try:
+    with without_values(run):
         with run.mode, _eager_branches(), observer.tracker, held_storages(run) as saved, observer:
             output = run.call(run.model)
         tensors = tuple(observer.describe(t) for t in saved.values())
@@ -51,6 +51,17 @@ def eager_step(run: FakeRun) -> EagerStep:
         del output
         with run.mode, observer:
             torch.autograd.backward(roots, [torch.empty_like(r) for r in roots])
+    grads = {_key(p.grad) for p in run.model.parameters() if p.grad is not None}
+    peaks = observer.peak(set()), observer.peak(grads)
+    run.model.zero_grad(set_to_none=True)
+    return EagerStep(tensors, peak=peaks[1], allocated=peaks[0])
+
+
+@contextlib.contextmanager
+def without_values(run: FakeRun) -> Iterator[None]:
+    """Raises: ReportError: where the model asks for the value of a tensor inside, which fake ones have not."""
+    try:
+        yield
     except (NotImplementedError, RuntimeError) as error:
         if not type(error).__module__.startswith("torch._subclasses"):
             raise
@@ -58,10 +69,6 @@ def eager_step(run: FakeRun) -> EagerStep:
             f"{type(run.model).__name__} needs the value of a tensor in its forward ({error}), which a report does not have: "
             "it runs nothing. Leave out what makes it branch on data, for example an attention mask that is all ones."
         ) from error
-    grads = {_key(p.grad) for p in run.model.parameters() if p.grad is not None}
-    peaks = observer.peak(set()), observer.peak(grads)
-    run.model.zero_grad(set_to_none=True)
-    return EagerStep(tensors, peak=peaks[1], allocated=peaks[0])
 
 
 @contextlib.contextmanager

@@ -76,6 +76,7 @@ USED = {
     "codegen_cpp": Private("torch._inductor.codegen", "the same", "cpp"),
     # elsewhere
     "Unsupported": Private("torch._dynamo.exc", "the error at a graph break"),
+    "UserError": Private("torch._dynamo.exc", "the error where code branches on a number of the data"),
     "explain": Private("torch._dynamo", "where a model's graph breaks are"),
     "autocast_cast": Private("torch.amp.autocast_mode", "standalone ops under autocast", "_cast"),
     "torch_c": Private("torch", "dispatch keys of autocast", "_C"),

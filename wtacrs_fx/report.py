@@ -9,11 +9,11 @@ from torch import nn
 from torch.fx import GraphModule
 
 from wtacrs_fx.config import Config
-from wtacrs_fx.eager_trace import EagerStep, eager_step, held_storages
+from wtacrs_fx.eager_trace import EagerStep, eager_step, held_storages, without_values
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.ledger import Ledger, Prediction, Saved
 from wtacrs_fx.passes.partition import many_graphs, partition
-from wtacrs_fx.private import Unsupported, explain
+from wtacrs_fx.private import Unsupported, UserError, explain
 from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, FakeRun, look_at
 
 
@@ -56,8 +56,8 @@ def partition_ledger(run: FakeRun, config: Config) -> Ledger:
 
     try:
         found = _ledgers(look_at(run, config, look, fullgraph=True))
-    except Unsupported:
-        with held_storages(run) as held:
+    except (Unsupported, UserError):  # (the latter where code branches on a number of the data)
+        with without_values(run), held_storages(run) as held:
             found = _ledgers(look_at(run, config, look_and_go_on))
         notes = _breaks(run, len(found))
         if found:

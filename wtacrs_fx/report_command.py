@@ -86,7 +86,8 @@ def _report(args: argparse.Namespace, traces: StepTraces, ledger: Ledger) -> int
     traces.add(ledger)
     found = [traces.at(arm, traces.batch_size) for arm in ARMS]
     largest = {arm: checked(traces.largest_batch, arm, args.gpu_memory) for arm in ARMS} if args.gpu_memory else None
-    print(f"\nTraining with {args.optimizer}{' (8-bit)' * args.optimizer_8bit}, batch of {traces.batch_size}:")
+    size = f", batch of {traces.batch_size}" if traces.sizes else ""
+    print(f"\nTraining with {args.optimizer}{' (8-bit)' * args.optimizer_8bit}{size}:")
     print(table(found, largest, args.gpu_memory or ""))
     return 0
 
@@ -135,13 +136,14 @@ def _from_python(name: str) -> tuple[nn.Module, Batch]:
     module, _, function = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        make = getattr(importlib.import_module(module), function)
-        inspect.signature(make).bind()
-        result = make()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ReportError(
-            f"--python {name}: {error}; expected MODULE:FUNCTION, importable from here, without arguments."
-        ) from error
+        try:
+            make = getattr(importlib.import_module(module), function)
+            inspect.signature(make).bind()
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise ReportError(
+                f"--python {name}: {error}; expected MODULE:FUNCTION, importable from here, without arguments."
+            ) from error
+        result = make()  # whose errors are the user's own
     finally:
         sys.path.remove(str(Path.cwd()))
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):

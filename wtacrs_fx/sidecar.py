@@ -54,8 +54,15 @@ def _path(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partiti
         [(d, torch.is_autocast_enabled(d), str(torch.get_autocast_dtype(d))) for d in ("cpu", "cuda")],
         functorch_config.activation_memory_budget,
     )
-    key = repr((partition_fn.uuid(), gm.code, inputs, ambient))
+    key = repr((partition_fn.uuid(), _texts(gm), inputs, ambient))
     return Path(cache_dir()) / "wtacrs" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _texts(gm: GraphModule) -> list[Any]:
+    """Code of the graph and of those inside it (checkpoint regions), and what the user's code says of its nodes (a region's
+    memory budget)."""
+    graphs = (m for m in gm.modules() if isinstance(m, GraphModule))
+    return [(m.code, [str(n.meta.get("custom")) for n in m.graph.nodes]) for m in graphs]
 
 
 def _write(path: Path, data: Any) -> None:

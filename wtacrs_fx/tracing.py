@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from wtacrs_fx.backend import Partitioner
 from wtacrs_fx.config import Config
-from wtacrs_fx.errors import ReportError
+from wtacrs_fx.errors import BudgetError, ReportError
 from wtacrs_fx.inductor import compile_inductor, uncompiled
 from wtacrs_fx.names import dynamo_names
 from wtacrs_fx.private import FakeTensor, FakeTensorMode, dynamo_config, functorch_config, tree_leaves, tree_map_only
@@ -126,12 +126,25 @@ def look_at(run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = Fa
 
     # No graph is taken from a cache. Shapes are those of the batch, whatever was traced before in this process.
     with (
+        own_errors(),
         _ended_by_stop(),
         functorch_config.patch(enable_autograd_cache=False),
         dynamo_config.patch(run_gc_after_compile=False),  # which takes seconds
     ):
         run.call(torch.compile(run.model, backend=backend, fullgraph=fullgraph, dynamic=False))
     return found
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Errors of this package as they are, out of what Dynamo wraps around a backend's."""
+    try:
+        yield
+    except Exception as error:
+        inner = getattr(error, "inner_exception", None)
+        if type(inner).__module__ != BudgetError.__module__:
+            raise
+        raise inner from None
 
 
 class _Stop(Exception):

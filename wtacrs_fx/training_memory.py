@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.eager_trace import eager_step
-from wtacrs_fx.errors import ReportError
+from wtacrs_fx.errors import BudgetError, ReportError
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.partition import many_graphs
 from wtacrs_fx.private import FakeTensorMode, TorchDispatchMode, tree_leaves
@@ -94,10 +94,14 @@ class StepTraces:
 
     @property
     def batch_size(self) -> int:
-        """Of the example."""
-        if not self.sizes:
-            raise ReportError("the batch has no tensor with a dimension, so there is no batch size to change.")
-        return self.sizes[0]
+        """Of the example; 0 if it has no tensor with a dimension."""
+        return self.sizes[0] if self.sizes else 0
+
+    @property
+    def _has_limit(self) -> bool:
+        """Whether there are sizes at which no plan meets the memory budget: it is in bytes."""
+        budget = self.config.memory_budget
+        return budget is not None and budget != "auto" and not isinstance(budget, float)
 
     @property
     def fixed(self) -> int:
@@ -117,8 +121,12 @@ class StepTraces:
                 self._found[arm, size] = self._memory(arm, predicted, saved)
 
     def at(self, arm: str, size: int) -> TrainingMemory:
-        """The memory of an arm ("eager", "inductor" or "wtacrs") at a batch size, from a trace of it."""
+        """The memory of an arm ("eager", "inductor" or "wtacrs") at a batch size, from a trace of it.
+
+        Raises: BudgetError: the memory budget of "wtacrs" is in bytes and cannot be met at this size.
+        """
         if (arm, size) not in self._found:
+            config = self.config.exact() if arm == "inductor" and self._has_limit else self.config
             with many_graphs():
                 run = FakeRun.of(self.model, self.batch, self.device).resized(self.batch_size, size)
                 if arm == "eager":
@@ -126,16 +134,20 @@ class StepTraces:
                     predicted = Prediction(step.peak, step.allocated, 0.0, 0)
                     self._found[arm, size] = self._memory(arm, predicted, step.saved_bytes)
                 else:
-                    self.add(partition_ledger(run, self.config), size)
+                    ledger = partition_ledger(run, config)
+                    self.add(ledger if config is self.config else replace(ledger, predicted=None), size)
         return self._found[arm, size]
 
     def limit(self, memory: int | str) -> int:
         """Memory in bytes.
 
         Raises:
-            ReportError: it is too small for parameters, gradients and optimizer alone; the message says by how much.
+            ReportError: it is too small for parameters, gradients and optimizer alone; the message says by how much. Or the
+                batch has no size that could be changed.
             ValueError: a string of another form than "80GiB" or "80 GB".
         """
+        if not self.sizes:
+            raise ReportError("the batch has no tensor with a dimension, so there is no batch size to change.")
         limit = parse_bytes(memory)
         if limit < self.fixed:
             raise ReportError(
@@ -147,7 +159,8 @@ class StepTraces:
         return limit
 
     def largest_batch(self, arm: str, memory: int | str) -> int:
-        """The largest batch size whose predicted total fits; 0 if not even one example does.
+        """The largest batch size whose predicted total fits; 0 if not even one example does. (Where a memory budget in bytes
+        cannot be met, nothing fits.)
 
         Every size tried is traced: the one found fits, and the next one does not. Which are tried follows from the line
         through two traces, which is seldom off by more than one.
@@ -161,15 +174,22 @@ class StepTraces:
         limit = self.limit(memory)
         fits, fails, size = 0, MAX_BATCH, self.batch_size
         for trial in itertools.count():
-            if self.at(arm, size).total <= limit:
+            if self._total(arm, size) <= limit:
                 fits = size
             else:
                 fails = size
             if fails - fits <= 1:
                 break
-            bisect = fails < MAX_BATCH and trial % 4 == 3  # where the line does not lead to the limit
+            # Where the line does not lead to the limit, or where it is the memory budget that ends at some size.
+            bisect = fails < MAX_BATCH and (trial % 4 == 3 or (arm, fails) not in self._found)
             size = (fits + fails) // 2 if bisect else min(max(self._guess(arm, limit), fits + 1), fails - 1)
         return fits
+
+    def _total(self, arm: str, size: int) -> float:
+        try:
+            return self.at(arm, size).total
+        except BudgetError:
+            return math.inf
 
     def _guess(self, arm: str, limit: int) -> int:
         """The size at which the line through the two traces nearest to the limit meets it. The first line starts at no
