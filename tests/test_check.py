@@ -123,6 +123,15 @@ class Broken(torch.nn.Module):
         return self.after(x).square().mean()
 
 
+def test_attention_of_torch_is_checked():
+    """Whose weights are used by the module around theirs, or have names of their own."""
+    layer = torch.nn.TransformerEncoderLayer(64, 2, 128, dropout=0.1, batch_first=True)
+    result = wtacrs_fx.check(layer, torch.randn(8, 32, 64), draws=20, **OPTIONS)
+    names = {"self_attn.in_proj_weight", "self_attn", "linear1", "linear2"}
+    assert {x.module for x in result.layers} == names, result.table()
+    assert result.faults == [], result.table()
+
+
 def test_sites_of_all_graphs_are_checked():
     result = wtacrs_fx.check(Broken(), torch.randn(256, 64), draws=20, **OPTIONS)
     assert {x.module for x in result.layers} == {"before", "after"}

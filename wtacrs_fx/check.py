@@ -253,8 +253,10 @@ def _step(compiled: Any, model: nn.Module, batch: Batch) -> tuple[dict[str, Tens
 
 
 def _parameter(module: str, grads: Mapping[str, Tensor]) -> str:
-    """Name of the weight of a site: the module's, or the site's own name where that is a parameter."""
-    for name in (f"{module}.weight", module, "weight"):
+    """Name of the weight of a site: the module's, or the site's own name where that is a parameter; or that of the one module
+    inside whose weight is used from outside (``out_proj`` of ``nn.MultiheadAttention``)."""
+    inside = [n for n in grads if n.startswith(f"{module}.") and n.endswith(".weight")]
+    for name in (f"{module}.weight", module, "weight", *(inside if len(inside) == 1 else ())):
         if name in grads:
             return name
     raise ReportError(f"{module} is sampled, and no parameter of that name has a gradient; leave it out by exclude.")
