@@ -29,7 +29,8 @@ a product, and where fused attention reads rounded operands. More is a fault. La
 README."""
 
 NO_GRADIENT = 1e-12
-"""Mean square of a gradient, as a share of the largest of the model, that is zero but for floating point (biases of keys)."""
+"""Mean square of a gradient, as a share of the largest of the model, that is zero but for floating point (biases of keys,
+and in front of a BatchNorm)."""
 
 TOLERANCE = 1e-3
 """Relative, of gradients that no sample touches: rounding of another order of operations, in float32."""
@@ -211,10 +212,10 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
             tables = "\n".join(g.table() for g in backend.ledgers) or NO_TRAINING_GRAPH
             raise ReportError(f"nothing is sampled or rounded, so there is nothing to check:\n{tables}")
         labels = {n: (e.module, e.decision, f"{e.kept}/{e.rows}") for n, e in entries.items()}
+        size = {n: float(g.double().square().mean()) for n, g in exact.items()}
+        least = NO_GRADIENT * max(size.values())
+        exact = {n: g for n, g in exact.items() if size[n] > least or n in entries}
         if rounded:
-            size = {n: float(g.double().square().mean()) for n, g in exact.items()}
-            least = NO_GRADIENT * max(size.values())
-            exact = {n: g for n, g in exact.items() if size[n] > least or n in entries}
             labels |= {n: (n, "rounded", "") for n in exact if n not in labels}
         found: dict[str, _Draws] = {name: _Draws(exact[name]) for name in labels}
         untouched = 0.0
