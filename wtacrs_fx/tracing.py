@@ -142,7 +142,7 @@ def own_errors() -> Iterator[None]:
         yield
     except Exception as error:
         inner = getattr(error, "inner_exception", None)
-        if type(inner).__module__ != BudgetError.__module__:
+        if not isinstance(inner, BaseException) or type(inner).__module__ != BudgetError.__module__:
             raise
         raise inner from None
 
