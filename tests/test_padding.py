@@ -99,6 +99,9 @@ def test_a_batch_without_padding_shows_nothing():
     assert (means > 0).all(), "positions that are often padding have the mean of those that are not"
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="T5 is several graphs before, and the decoder's has no such argument"
+)
 def test_a_mask_of_other_rows_of_the_same_number():
     """T5 with as many target tokens as input tokens: the mask is the encoder's, and the decoder's rows have gradients."""
     config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50)

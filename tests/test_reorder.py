@@ -71,6 +71,7 @@ def random_graph(seed: int) -> tuple[list[Node], list[Node], list[Node]]:
     return given, nodes, returned
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="Inductor's estimates were others before")
 @pytest.mark.parametrize("seed", range(20))
 def test_orders_are_inductors(seed):
     given, nodes, returned = random_graph(seed)

@@ -1,6 +1,7 @@
 """The rounding pass: every kind of site four ways at once, whole models, and where it must do nothing."""
 
 import re
+from statistics import mean
 
 import pytest
 import torch
@@ -200,29 +201,33 @@ reads four rows, which ``min_bytes`` keeps exact unless it is 0 as here.)"""
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_whole_models(name):
-    """Relative squared errors of one draw: at 8 bits below 5e-4 and at 4 bits below 0.05 in every parameter, except at 4
+    """Relative squared errors, mean of three draws: at 8 bits below 5e-4, at 4 bits below 0.05 in every parameter, except at 4
     bits those whose gradient is a sum of terms that nearly cancel (``CANCELLING``). Losses are equal to the bit."""
     torch.manual_seed(0)
     model, batch = family(name)
     model.train()
 
-    def run(backend) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(backend, draws: int = 3) -> tuple[Tensor, list[dict[str, Tensor]]]:
         torch._dynamo.reset()
-        torch.manual_seed(1)
-        loss = torch.compile(model, backend=backend)(**batch).loss
-        loss.backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad(set_to_none=True)
+        compiled, found = torch.compile(model, backend=backend), []
+        for i in range(draws):
+            torch.manual_seed(1)  # the masks of dropout
+            for _ in range(i):
+                torch.ops.wtacrs.draw_seed(torch.device("cpu"))  # (another draw, the same masks)
+            loss = compiled(**batch).loss
+            loss.backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad(set_to_none=True)
         return loss.detach(), found
 
-    loss, exact = run("aot_eager_decomp_partition")
+    loss, (exact,) = run("aot_eager_decomp_partition", draws=1)
     real = {n: g for n, g in exact.items() if g.square().mean() > 1e-16}  # (key biases have no gradient)
     for bits, median, largest, share in ((8, 2.5e-4, 5e-4, 0.6), (4, 0.02, 0.05, 0.5)):
         backend = Backend(**{**ROUNDED, "round_bits": bits, "round_fused_attention": True})
-        rounded_loss, found = run(backend)
+        rounded_loss, draws = run(backend)
         assert torch.equal(loss, rounded_loss)
-        errors = {n: measure.relative_error(found, {n: g}) for n, g in real.items()}
-        assert measure.relative_error(found, real) < median
+        errors = {n: mean(measure.relative_error(d, {n: g}) for d in draws) for n, g in real.items()}
+        assert mean(measure.relative_error(d, real) for d in draws) < median
         over = {n: e for n, e in errors.items() if e > largest}
         if bits == 4:
             over = {n: e for n, e in over.items() if e > 0.15 or not re.search(CANCELLING.get(name, "^$"), n)}
