@@ -116,7 +116,7 @@ def test_resident_rise():
     assert 0.9 * size < rise < 2 * size
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_runs(tmp_path):
     options = "--families bert --layers 1 --batch-size 4 --length 32 --repeats 2 --ratios 0.3 --budgets none 0.9"
     command = [
