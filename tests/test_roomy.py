@@ -5,11 +5,12 @@ import gc
 import resource
 import sys
 import threading
+import time
 
 import pytest
 import torch
 from torch import nn
-from torch.fx import symbolic_trace
+from torch.fx import GraphModule, symbolic_trace
 
 from wtacrs_fx.roomy import collector_paused, roomy, without_code
 
@@ -82,3 +83,21 @@ def test_without_code():
     assert found == [0.0], "other threads are left alone"
     module.recompile()
     assert "sigmoid" in module.code
+
+
+def test_without_code_in_two_threads():
+    """One thread begins inside of the other's time and ends after it."""
+    original, inside = GraphModule.recompile, threading.Event()
+
+    def second():
+        inside.set()
+        with without_code():
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=second)
+    with without_code():
+        thread.start()
+        inside.wait()
+        time.sleep(0.05)
+    thread.join()
+    assert GraphModule.recompile is original

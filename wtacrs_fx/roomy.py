@@ -19,6 +19,9 @@ from torch.fx import GraphModule
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_patching = threading.RLock()
+"""Held while ``GraphModule.recompile`` is another: two threads that restored it in turn would leave one's behind."""
+
 _WORDS = 2**15 + 1
 """Of the frame: a little over a power of two (256 KiB), so that the chunk has as much again."""
 
@@ -67,13 +70,15 @@ def without_code() -> Iterator[None]:
     """Write no Python code for the graph modules that this thread makes or changes inside; whoever runs one of them calls its
     ``recompile`` before. (torch's ``_LazyGraphModule`` does this for modules made by torch's factory, but the partitioner
     calls the constructor of the plain class: 2.9 s for t5-3b.)"""
-    recompile, thread = GraphModule.recompile, threading.get_ident()
+    thread = threading.get_ident()
+    with _patching:
+        recompile = GraphModule.recompile
 
-    def later(self: GraphModule) -> Any:
-        return recompile(self) if threading.get_ident() != thread else None
+        def later(self: GraphModule) -> Any:
+            return recompile(self) if threading.get_ident() != thread else None
 
-    GraphModule.recompile = later  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        GraphModule.recompile = recompile  # type: ignore[method-assign]
+        GraphModule.recompile = later  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            GraphModule.recompile = recompile  # type: ignore[method-assign]
