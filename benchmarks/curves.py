@@ -27,7 +27,7 @@ from wtacrs_fx import Backend, SampleNorms, measure, sample_ids
 from wtacrs_fx.benchmarks.accuracy import PAPER, more_rows
 from wtacrs_fx.demo_data import Review, find_reviews, read_reviews, split
 
-EXACT = "exact"
+EXACT, OTHER_ARM = "exact", "exact, other masks"
 
 VOCABULARY = 256
 """Bytes."""
@@ -50,9 +50,8 @@ LIMITS = {"8 bits": 0.003, "defaults 0.3": 0.01}
 
 def arms_of(bits: list[int], ratios: list[float]) -> dict[str, dict[str, Any]]:
     """Arm -> options of the backend."""
-    arms: dict[str, dict[str, Any]] = {EXACT: {"ratio": 1.0, "memory_budget": None}, "exact, other masks": {}}
-    arms["exact, other masks"] = arms[EXACT]
-    arms |= {f"{b} bits": {**arms[EXACT], "round_bits": b} for b in bits}
+    exact: dict[str, Any] = {"ratio": 1.0, "memory_budget": None}
+    arms = {EXACT: exact, OTHER_ARM: exact, **{f"{b} bits": {**exact, "round_bits": b} for b in bits}}
     for r in ratios:
         arms[f"paper {r}"] = {**PAPER, "ratio": r}
         arms[f"defaults {r}"] = {"ratio": r}
@@ -98,7 +97,7 @@ def train(name: str, options: dict[str, Any], args: argparse.Namespace) -> dict[
     model = build(args)
     norms = {"norms": SampleNorms(examples=len(train_text))} if options.get("norms") == "sample" else {}
     backend = Backend(**{**options, **norms, "round_fused_attention": args.attention, "inner": args.inner})
-    seed = OTHER_MASKS if name == "exact, other masks" else 0
+    seed = OTHER_MASKS if name == OTHER_ARM else 0
     compiled = torch.compile(model, backend=backend, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))

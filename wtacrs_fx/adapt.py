@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wtacrs_fx.choose import Calibration, choose, differ
+from wtacrs_fx.choose import CHANGE, Calibration, choose, differ
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
 from wtacrs_fx.inductor import like_compiled
@@ -33,9 +33,6 @@ BACKWARDS = 4
 
 SETTLE = 10
 """Runs before the first measurement where rows have a history (``norms``, ``padding``): as many as running means take."""
-
-CHANGE = 0.3
-"""What a ratio must differ by, as a share of it, to be worth a compilation."""
 
 Build = Callable[[Config, Sequence[Any], Measurement | None], tuple[Callable[..., Any], Ledger | None]]
 """``build(config, inputs, meter)`` -> the compiled graph, and its ledger if there is one."""

@@ -11,6 +11,9 @@ from wtacrs_fx.noise import allocate, smallest_within
 GRID = (0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Ratios at which noise is measured, and among which is chosen."""
 
+CHANGE = 0.3
+"""What a ratio must differ by, as a share of it, to be worth a compilation."""
+
 
 @dataclass
 class Draw:

@@ -12,7 +12,6 @@ the draw to their squares, which is known, and is subtracted::
 
 import math
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,19 +26,12 @@ CHUNK = 2048
 
 
 @dataclass
-class _Site:
-    """Sums over the backwards of one product."""
+class _Site(Draw):
+    """What was measured of one product, summed over its backwards. The batch's own noise is NaN for batches of one sequence,
+    which show nothing of it. Of an early product both curves are those of what its rows were chosen by."""
 
-    curve: list[float] = field(default_factory=lambda: [0.0] * len(GRID))
-    early: list[float] = field(default_factory=lambda: [0.0] * len(GRID))
-    """Were the rows chosen in the forward; of a late site by ``|h_i|`` alone."""
-    batch_noise: float = 0.0
-    """NaN for batches of one sequence, which show nothing of it."""
-    norm: float = 0.0
-    bytes: int = 0
-    flops: int = 0
     count: int = 0
-    late: bool = False
+    """Backwards."""
 
 
 @dataclass
@@ -86,9 +78,9 @@ class Measurement:
         *values, drawn_, inside_, total_ = torch.stack([*curve, drawn, inside, total]).tolist()
         if not math.isfinite(sum(values) + drawn_ + inside_ + total_):
             return
-        found = self.sites.setdefault(modules, {}).setdefault(site, _Site())
-        found.curve = list(map(operator.add, found.curve, values))
-        found.early = list(map(operator.add, found.early, values[len(GRID) :])) if late else found.curve
+        found = self.sites.setdefault(modules, {}).setdefault(site, _Site(modules))
+        found.true = list(map(operator.add, found.true, values))
+        found.early = list(map(operator.add, found.early, values[len(GRID) :])) if late else found.true
         b = m // length if length else m
         found.batch_noise += b / (b - 1) * (inside_ - total_ / b) - drawn_ if b > 1 else math.nan
         found.norm += total_ - drawn_
@@ -100,16 +92,12 @@ class Measurement:
         result = []
         for modules, members in self.sites.items():
             sites = list(members.values())
-            early, true = ([sum(values) for values in zip(*curves)] for curves in _curves(sites))
+            early, true = ([sum(at) for at in zip(*curves)] for curves in zip(*((s.early, s.true) for s in sites)))
             draw = Draw(modules, early=early, true=true, late=all(s.late for s in sites), bytes=sites[0].bytes)
             draw.batch_noise = sum(s.batch_noise for s in sites)
             draw.norm, draw.flops = sum(s.norm for s in sites), sum(s.flops for s in sites)
             result.append(draw)
         return result
-
-
-def _curves(sites: Sequence[_Site]) -> tuple[list[list[float]], list[list[float]]]:
-    return [s.early for s in sites], [s.curve for s in sites]
 
 
 def sequence_sums(h: Tensor, g: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from wtacrs_fx.backend import Backend
 from wtacrs_fx.calibrate import calibrate
-from wtacrs_fx.choose import Calibration, differ
+from wtacrs_fx.choose import CHANGE, Calibration, differ
 from wtacrs_fx.private import tree_leaves, tree_map_only
 from wtacrs_fx.tracing import Batch
 
@@ -44,7 +44,7 @@ class NoiseBudget:
         ratio: float | None = None,
         every: int = 1000,
         recompilations: int = 3,
-        change: float = 0.3,
+        change: float = CHANGE,
         sequences: int = 8,
         **options: Any,
     ) -> None:
