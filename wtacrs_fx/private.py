@@ -16,7 +16,7 @@ from wtacrs_fx.errors import UnsupportedError
 
 OLDEST = (2, 11)
 """Oldest torch (major, minor) that can be installed beside this package."""
-TESTED = ((2, 11), (2, 13))
+TESTED = ((2, 11), (2, 14))
 """Oldest and newest torch that the test suite was run with."""
 
 
