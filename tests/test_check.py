@@ -95,8 +95,8 @@ def test_wrong_predictions_of_a_layer_are_found(monkeypatch):
     ledgers_with(monkeypatch, swap)
     result = wtacrs_fx.check(Perceptron(), torch.randn(256, 64), draws=2, **OPTIONS)
     assert result.saved_bytes == result.predicted_bytes
-    off = [r for r in result.held if r.is_off]
-    assert sorted(r.measured - r.predicted for r in off) == [-64, 64]
+    off = [r for r in result.held if r.difference]
+    assert sorted(r.difference for r in off) == [-64, 64]
     assert f"sampled, are not the predicted ones in {off[0].name} ({off[0].measured} B for" in result.verdict()
     assert result.verdict().startswith("Not as it should be")
     assert "(-64 B)" in result.table()

@@ -123,7 +123,7 @@ class Check:
         if self.untouched > self.tolerance:
             found.append(f"a gradient that should be exact differs by {self.untouched:.1e} of its norm")
         for arm, total, predicted, rows in self._arms():
-            off = [f"{r.name} ({r.measured} B for {r.predicted} B)" for r in rows if r.is_off]
+            off = [f"{r.name} ({r.measured} B for {r.predicted} B)" for r in rows if r.difference]
             if off:
                 found.append(f"the bytes held, {arm}, are not the predicted ones in {', '.join(off)}")
             elif total != predicted + sum(r.measured or 0 for r in rows if r.predicted is None and r.kind != UNMATCHED):
@@ -152,7 +152,7 @@ class Check:
     def table(self) -> str:
         """A line per gradient with the bytes of its input, one per layer for all else, the sums, and the verdict."""
         sites = {r.name: r for r in self.held if r.kind == SITE}
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 x.module,
                 x.decision,
@@ -213,5 +213,4 @@ def _cells(row: LayerBytes | None) -> tuple[str, str]:
         return "", ""
     predicted = "unknown" if row.predicted is None else format_bytes(row.predicted)
     measured = "unknown" if row.measured is None else ("-" * (row.measured < 0) + format_bytes(abs(row.measured)))
-    more = f" ({row.measured - row.predicted:+d} B)" if row.is_off and row.measured is not None else ""
-    return predicted, measured + more
+    return predicted, measured + (f" ({row.difference:+d} B)" if row.difference else "")

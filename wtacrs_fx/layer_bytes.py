@@ -41,9 +41,9 @@ class LayerBytes:
     """None: no tensor could be matched with it."""
 
     @property
-    def is_off(self) -> bool:
-        """Whether both are known and differ."""
-        return None not in (self.predicted, self.measured) and self.predicted != self.measured
+    def difference(self) -> int:
+        """What is held more than predicted; 0 where one of them is unknown."""
+        return 0 if self.predicted is None or self.measured is None else self.measured - self.predicted
 
 
 @dataclass(frozen=True)
