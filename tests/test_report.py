@@ -261,6 +261,19 @@ def test_what_cannot_be_reported(model, batch, options, words):
         wtacrs_fx.report(model, batch, **options)
 
 
+class Looped(Broken):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.a, self.b):
+            x = torch.tanh(layer(x))
+            torch._dynamo.graph_break()
+        return x.sum()
+
+
+def test_a_function_that_dynamo_gives_up_is_no_graph():
+    with pytest.raises(ReportError, match="with a graph break inside a loop Dynamo compiles nothing"):
+        wtacrs_fx.report(Looped(), torch.randn(128, 64), **SMALL)
+
+
 class Late(nn.Module):
     """A graph, a break, another graph, and a branch on its result."""
 

@@ -26,7 +26,7 @@ Look = Callable[..., tuple[tuple[GraphModule, GraphModule] | None, T]]
 
 NO_TRAINING_GRAPH = (
     "no training graph was traced: call model.train(), enable gradients, and let the model return what the loss is computed "
-    "from."
+    "from. Of a function with a graph break inside a loop Dynamo compiles nothing: TORCH_LOGS=graph_breaks names them."
 )
 
 
