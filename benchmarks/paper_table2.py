@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the table; its data is beside it, as .json")
     args = parser.parse_args(argv)
     data = args.out.with_suffix(".json")
+    if args.out == data:
+        parser.error(
+            f"--out {args.out}: that is where the data goes; give the name of the table, such as {data.stem}.md"
+        )
     found: list[list[str]] = json.loads(data.read_text()) if args.resume and data.exists() else []
     for model in args.models:
         for name, arm in trainings(model):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import GraphModule, Node
 
-from wtacrs_fx.ledger import Saved
+from wtacrs_fx.ledger import Handed, Saved
 from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import Action, Decision, is_view, view_base
@@ -39,10 +39,10 @@ def saved_list(
     weights: Collection[str],
     compressed: Sequence[Held],
     relieved: Collection[str] = (),
-) -> list[Saved]:
-    """Everything that either partition holds, in the order of the forward; the kept rows of a tensor count as the tensor, and
-    so do its codes and scales, or packed bits. Tensors named in ``relieved`` are not needed because others, computed from
-    them, are ``compressed``.
+) -> tuple[list[Saved], list[Handed]]:
+    """Everything that either partition holds, in the order of the forward; and what ``partition`` hands to its backward, in the
+    order in which it does. The kept rows of a tensor count as the tensor, and so do its codes and scales, or packed bits.
+    Tensors named in ``relieved`` are not needed because others, computed from them, are ``compressed``.
 
     A storage counts once, at the first of the tensors that share it, so that the sums are those of
     :func:`wtacrs_fx.passes.account.saved_bytes`.
@@ -56,10 +56,15 @@ def saved_list(
     rows: dict[str, Saved] = {}
     names = dict.fromkeys(n.name for forward, _ in (exact, partition) for n in forward.graph.nodes)
     order = {name: i for i, name in enumerate(names)}
+    handed: list[tuple[Node, str, int]] = []
     for (forward, backward), field in ((exact, "bytes_exact"), (partition, "bytes_now")):
+        handed.clear()  # (what the second one, the partition itself, hands over is left)
         for node, placeholder, nbytes in _storages(forward, backward, num_fwd_outputs, weights):
             base = view_base(node)
             name = owner.get(placeholder.name, base.name)
+            handed.append((node, "" if nbytes is None else name, nbytes or 0))
+            if nbytes is None:
+                continue
             order.setdefault(name, order[node.name])  # (a derivative has another name in the forward)
             row = rows.get(name) or _describe(whole.get(name, base))
             if field == "bytes_exact" or not row.bytes_exact:
@@ -68,10 +73,16 @@ def saved_list(
             rows[name] = replace(row, **{field: getattr(row, field) + nbytes})
     decisions = {d.base.name: d for d in sorted(plan, key=lambda d: d.action is not Action.EXACT)}
     named = sorted(rows.items(), key=lambda item: order[item[0]])
-    return [
-        _judge(row, decisions.get(name), fewer.get(name), name in relieved)
+    listed = {
+        name: _judge(row, decisions.get(name), fewer.get(name), name in relieved)
         for name, row in named
         if row.bytes_exact or row.bytes_now
+    }
+    lines = {name: i for i, name in enumerate(listed)}
+    sites = {d.base.name: d.site.module for d in reversed(plan)}
+    return [*listed.values()], [
+        Handed(lines.get(name, -1), sites.get(name, ""), _shape(node), _dtype(node), nbytes)
+        for node, name, nbytes in handed
     ]
 
 
@@ -89,13 +100,15 @@ def _stand_ins(plan: Sequence[Decision], done: Sampled) -> Iterator[tuple[Node, 
 
 def _storages(
     forward: GraphModule, backward: GraphModule, num_fwd_outputs: int, weights: Collection[str]
-) -> Iterator[tuple[Node, Node, int]]:
-    """Saved tensors: in the forward, in the backward, and the bytes of their storages, 0 where an earlier one shares it.
-    Weights are left out."""
+) -> Iterator[tuple[Node, Node, int | None]]:
+    """Saved tensors: in the forward, in the backward, and the bytes of their storages, 0 where an earlier one shares it, None
+    where it is a weight's."""
     seen = {storage(n) for n in forward.graph.find_nodes(op="placeholder") if n.name in weights}
     skip = frozenset(seen)
     for node, placeholder in zip(saved_tensors(forward, num_fwd_outputs), filter(is_saved, backward.graph.nodes)):
-        if storage(node) not in skip:
+        if storage(node) in skip:
+            yield node, placeholder, None
+        else:
             yield node, placeholder, 0 if storage(node) in seen else buffer_bytes(node)
             seen.add(storage(node))
 
@@ -106,13 +119,20 @@ def storage(node: Node) -> int:
 
 
 def _describe(node: Node) -> Saved:
-    value = node.meta["val"]
     return Saved(
         module="" if node.op == "placeholder" or node.target is draw_seed else _module(node),
         op="batch" if node.op == "placeholder" else "draw_seed" if node.target is draw_seed else _function(node),
-        shape=tuple(s if isinstance(s, int) else str(s) for s in value.shape),
-        dtype=str(value.dtype).removeprefix("torch."),
+        shape=_shape(node),
+        dtype=_dtype(node),
     )
+
+
+def _shape(node: Node) -> tuple[int | str, ...]:
+    return tuple(s if isinstance(s, int) else str(s) for s in node.meta["val"].shape)
+
+
+def _dtype(node: Node) -> str:
+    return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
 def _judge(row: Saved, decision: Decision | None, held: Held | None, relieved: bool) -> Saved:

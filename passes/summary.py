@@ -25,7 +25,7 @@ def ledger_of(work: Work) -> Ledger:
     held += [Held(p.mask, 1, (p.packed,), ()) for p in work.packed]
     before = {view_base(n).name for n in exact}
     relieved = {n.name for r in work.roundings for n in sources(r, before)}
-    listed = saved_list(
+    listed, handed = saved_list(
         work.plan, work.done, work.exact, work.best, work.num_fwd_outputs, work.in_memory, held, relieved
     )
     fused = fused_attention(work.joint.graph, work.kinds) if work.config.attention else []
@@ -33,6 +33,7 @@ def ledger_of(work: Work) -> Ledger:
         ledger,
         entries=(*ledger.entries, *map(fused_entry, fused)),
         tensors=tuple(listed),
+        handed=tuple(handed),
         notes=notes_of(work),
         compressed=(*rounded_entries(work.roundings, work.done.rounded), *packed_entries(work.packed)),
         predicted_exact=work.prediction,

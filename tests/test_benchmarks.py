@@ -164,6 +164,8 @@ def test_paper_table_goes_on_where_it_ended(tmp_path, monkeypatch):
     paper_table2.main(options)
     assert made[3:] == [("0.3", "wtacrs"), ("0.1", "wtacrs"), ("LoRA, 0.3", "wtacrs"), ("LoRA, 0.1", "wtacrs")]
     assert out.read_text().count("t5-base") == 6
+    with pytest.raises(SystemExit):
+        paper_table2.main(["--out", str(out.with_suffix(".json"))])
 
 
 class TestRounding:

@@ -1,14 +1,16 @@
 """The check of a real batch: it passes where it should, and finds what is wrong."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 import wtacrs_fx
-from wtacrs_fx.check import Check, max_z
+from wtacrs_fx.check_result import Check, max_z
 from wtacrs_fx.cli import main
 from wtacrs_fx.errors import ReportError
+from wtacrs_fx.passes import summary
 
 from helpers import SMALL, Transformer, transformer_batch
 from small_presets import small
@@ -37,6 +39,81 @@ def test_biased_estimator_is_found():
     result = wtacrs_fx.check(Transformer(), transformer_batch(), draws=5, estimator="topk", **OPTIONS)
     assert "the mean gradient is off" in result.faults[0]
     assert "blocks.0.up" in result.verdict()
+
+
+class Perceptron(torch.nn.Module):
+    """Two layers of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.nn.functional.gelu(block(x))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "options", "layers"),
+    [
+        (Transformer(layers=1, dropout=0.1), transformer_batch(), {"round_bits": 8, "norms": "position"}, "blocks.0"),
+        (Perceptron(), (torch.randn(256, 64),), {"inner": "inductor"}, "blocks.0-1 (x2)"),
+    ],
+)
+def test_bytes_are_measured_by_layer(model, batch, options, layers):
+    result = wtacrs_fx.check(model, batch, draws=2, **{**OPTIONS, **options})
+    for rows, measured, predicted in (
+        (result.held, result.saved_bytes, result.predicted_bytes),
+        (result.held_exact, result.saved_bytes_exact, result.predicted_bytes_exact),
+    ):
+        assert all(r.measured == r.predicted for r in rows), rows
+        assert {r.kind for r in rows} <= {"site", "layer"}
+        assert sum(r.measured for r in rows) == measured == predicted
+    assert next(r for r in result.held if r.name == layers).measured > 1000
+    assert {r.name for r in result.held if r.kind == "site"} <= {x.module for x in result.layers}
+    assert not any("bytes" in fault for fault in result.faults)
+    assert json.loads(json.dumps(result.to_dict()))["held"][0].keys() == {"name", "kind", "predicted", "measured"}
+
+
+def ledgers_with(monkeypatch, change) -> None:
+    """Let partitions have ledgers whose list of what is handed to the backward is changed."""
+    made = summary.saved_list
+    monkeypatch.setattr(
+        summary, "saved_list", lambda *args: (lambda rows, handed: (rows, change(handed)))(*made(*args))
+    )
+
+
+def test_wrong_predictions_of_a_layer_are_found(monkeypatch):
+    """Also where the sum over the model is right: 64 bytes of one layer are predicted for another."""
+
+    def swap(handed):
+        large = [i for i, t in enumerate(handed) if t.bytes > 64]
+        moved = {large[0]: 64, large[-1]: -64}
+        return [dataclasses.replace(t, bytes=t.bytes + moved.get(i, 0)) for i, t in enumerate(handed)]
+
+    ledgers_with(monkeypatch, swap)
+    result = wtacrs_fx.check(Perceptron(), torch.randn(256, 64), draws=2, **OPTIONS)
+    assert result.saved_bytes == result.predicted_bytes
+    off = [r for r in result.held if r.difference]
+    assert sorted(r.difference for r in off) == [-64, 64]
+    assert f"sampled, are not the predicted ones in {off[0].name} ({off[0].measured} B for" in result.verdict()
+    assert result.verdict().startswith("Not as it should be")
+    assert "(-64 B)" in result.table()
+    assert "(+64 B)" in result.table()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda handed: handed[:-1], lambda handed: [dataclasses.replace(t, shape=(7,)) for t in handed]]
+)
+def test_tensors_that_match_no_prediction_are_not_guessed(monkeypatch, change):
+    ledgers_with(monkeypatch, change)
+    result = wtacrs_fx.check(Perceptron(), torch.randn(256, 64), draws=2, **OPTIONS)
+    assert {r.measured for r in result.held if r.predicted} == {None}
+    (row,) = (r for r in result.held if r.kind == "unmatched")
+    assert (row.predicted, row.measured) == (None, result.saved_bytes)
+    assert "unknown" in result.table()
+    assert "only in all where a graph's tensors are others" in result.verdict()
 
 
 def test_other_faults():
@@ -130,6 +207,45 @@ def test_attention_of_torch_is_checked():
     names = {"self_attn.in_proj_weight", "self_attn", "linear1", "linear2"}
     assert {x.module for x in result.layers} == names, result.table()
     assert result.faults == [], result.table()
+
+
+@torch.compiler.disable
+def eagerly(x):
+    return x.exp().sin()
+
+
+class Parts(torch.nn.Module):
+    """Two graphs that save one tensor, eager code between them that saves another, and a graph without products."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = torch.tanh(self.before(x))
+        torch._dynamo.graph_break()
+        x = eagerly(torch.tanh(self.after(x)))
+        return (x.exp() * x).square().mean()
+
+
+def test_bytes_that_no_graph_predicts_have_rows_of_their_own():
+    result = wtacrs_fx.check(Parts(), torch.randn(256, 64), draws=2, **{**OPTIONS, "late": "exact"})
+    tensor = 256 * 64 * 4
+    extra = {r.kind: r.measured for r in result.held_exact if r.predicted is None}
+    assert extra["eager code"] == tensor
+    assert extra["graphs without a product"] % tensor == 0 < extra["graphs without a product"]
+    assert extra["held by two graphs"] == -tensor
+    assert sum(r.measured for r in result.held_exact) == result.saved_bytes_exact
+    assert result.saved_bytes_exact == result.predicted_bytes_exact + sum(extra.values())
+    assert not any("bytes" in fault for fault in result.faults), result.table()
+    assert "that nothing predicts" in result.verdict()
+    assert f"{tensor} B (eager code)" in result.table()
+
+
+def test_graphs_that_choose_their_ratios_are_compared_as_they_were_when_measured():
+    result = wtacrs_fx.check(Perceptron(), torch.randn(256, 64), draws=6, **{**OPTIONS, "ratio": "auto:0.5"})
+    assert result.saved_bytes == result.predicted_bytes
+    assert not any("bytes" in fault for fault in result.faults), result.table()
 
 
 def test_sites_of_all_graphs_are_checked():

@@ -167,6 +167,36 @@ def test_python_models_without_a_batch_and_with_errors_of_their_own(tmp_path, ca
         main(["report", "--python", "own_data:fail"])
 
 
+def test_a_model_that_branches_on_data_has_a_report_up_to_there_and_no_training_memory(tmp_path, capsys, monkeypatch):
+    (tmp_path / "branch.py").write_text(
+        "import torch\n"
+        "class Branch(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        x = super().forward(x).tanh()\n"
+        "        return x.exp().sum() if x.sum() > 0 else x.sum()\n"
+        "def make():\n"
+        "    return Branch(64, 64), torch.randn(512, 64)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = ["report", "--python", "branch:make", "--option", "memory_budget=None"]
+    for extra, code in (([], 0), (["--gpu-memory", "1 GB"], 1)):
+        torch._dynamo.reset()
+        assert main([*command, *extra]) == code
+        out = capsys.readouterr().out
+        assert "branch.py:5 (return x.exp().sum() if x.sum() > 0 else x.sum())" in out
+        assert out.splitlines()[-1].startswith("Training memory is unknown")
+
+
+@pytest.mark.parametrize("command", ["report", "check"])
+def test_options_of_presets_are_refused_for_models_made_elsewhere(command, capsys):
+    options = ["--batch-size", "8", "--seq-len", "7", "--dtype", "float32", "--lora", "r=4", "--task", "image"]
+    assert main([command, "--python", "json:dumps", *options]) == 1
+    text = capsys.readouterr().err
+    for option in ("--batch-size 8", "--seq-len 7", "--dtype float32", "--lora r=4", "--task image"):
+        assert option in text
+    assert "that function makes the model and the batch" in text
+
+
 def test_command_finds_the_largest_batch_of_a_python_model(tmp_path, capsys, monkeypatch):
     (tmp_path / "my_net.py").write_text(
         "import torch\n"

@@ -261,6 +261,55 @@ def test_what_cannot_be_reported(model, batch, options, words):
         wtacrs_fx.report(model, batch, **options)
 
 
+class Looped(Broken):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.a, self.b):
+            x = torch.tanh(layer(x))
+            torch._dynamo.graph_break()
+        return x.sum()
+
+
+def test_a_function_that_dynamo_gives_up_is_no_graph():
+    with pytest.raises(ReportError, match="with a graph break inside a loop Dynamo compiles nothing"):
+        wtacrs_fx.report(Looped(), torch.randn(128, 64), **SMALL)
+
+
+class Late(nn.Module):
+    """A graph, a break, another graph, and a branch on its result."""
+
+    def __init__(self, asks) -> None:
+        super().__init__()
+        self.a, self.b, self.asks = nn.Linear(64, 64), nn.Linear(64, 64), asks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.a(x))
+        torch._dynamo.graph_break()
+        x = torch.tanh(self.b(x.sin()))
+        return x.sin().sum() if self.asks(x) else x.sum()
+
+
+@pytest.mark.parametrize("asks", [lambda x: x.sum() > 0, lambda x: x.sum().item() > 0])
+def test_graphs_in_front_of_a_branch_on_data_are_reported(asks):
+    """They hold what they hold in training."""
+    torch._dynamo.reset()
+    model, x = Late(asks), torch.randn(128, 64)
+    ledger = wtacrs_fx.report(model, x, **SMALL)
+    assert {e.module for e in ledger.entries} == {"a", "b"}
+    assert ledger.notes[0].startswith("training graphs: 2")
+    line = Late.forward.__code__.co_firstlineno + 2
+    assert any(f"test_report.py:{line}: " in note for note in ledger.notes), ledger.notes
+    assert "not the whole model" in ledger.notes[-1]
+    assert "test_report.py:" in ledger.notes[-1]
+    assert ledger.notes[-1] in ledger.summary()
+    assert ledger.saved_bytes_eager is None
+    torch._dynamo.reset()
+    backend = wtacrs_fx.Backend(inner="eager", **SMALL)
+    torch.compile(model, backend=backend)(x).backward()
+    trained = backend.ledgers[:2]
+    assert ledger.saved_bytes == sum(g.saved_bytes for g in trained)
+    assert ledger.saved_bytes_exact == sum(g.saved_bytes_exact for g in trained)
+
+
 class Branching(nn.Module):
     def __init__(self, asks) -> None:
         super().__init__()

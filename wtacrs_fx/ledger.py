@@ -67,6 +67,20 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Handed:
+    """A tensor that the forward graph hands to the backward graph."""
+
+    tensor: int
+    """Its line in :attr:`Ledger.tensors`; -1 without one: a parameter or buffer, or a view of what another line counts."""
+    site: str
+    """Module of the first weight-gradient product that reads it or its kept rows; empty if none does."""
+    shape: tuple[int | str, ...]
+    dtype: str
+    bytes: int
+    """Of its storage; 0 where an earlier one shares it, and of parameters and buffers."""
+
+
+@dataclass(frozen=True)
 class Compressed:
     """A tensor that the backward is given in fewer bits."""
 
@@ -140,6 +154,8 @@ class Ledger:
     notes: tuple[str, ...] = ()
     """What a report has to say beside its figures."""
     compressed: tuple[Compressed, ...] = ()
+    handed: tuple[Handed, ...] = ()
+    """What autograd saves for this partition, in the order in which it does; empty where several graphs are joined."""
 
     @property
     def ordered(self) -> bool:
@@ -186,7 +202,7 @@ class Ledger:
         known = {f.name for f in dataclasses.fields(cls)}
         if set(data) != known:
             raise TypeError(f"a ledger has the fields {sorted(known)}, not {sorted(data)}.")
-        rows = {"entries": Entry, "parts": Part, "tensors": Saved, "compressed": Compressed}
+        rows = {"entries": Entry, "parts": Part, "tensors": Saved, "compressed": Compressed, "handed": Handed}
         values: dict[str, Any] = {
             name: tuple(row(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in data[name])
             for name, row in rows.items()

@@ -104,7 +104,7 @@ def layer_table(ledger: "Ledger") -> str:
     for layer in fold(layers(ledger.tensors)):
         largest = max(layer.tensors, key=lambda t: t.bytes_now)
         held = f"{largest.module or layer.name} ({largest.op})" if largest.bytes_now else ""
-        rows.append((_times(layer), *(format_bytes(layer.total(f)) for f in arms.values()), held))
+        rows.append((title(layer), *(format_bytes(layer.total(f)) for f in arms.values()), held))
     return tabulate(rows, ("layer", *arms, "most of it now"), disable_numparse=True)
 
 
@@ -119,7 +119,7 @@ def tensor_table(ledger: "Ledger") -> str:
             shape = "x".join(map(str, t.shape))
             sizes = (format_bytes(getattr(t, f)) for f in arms.values())
             rows.append(
-                (_times(layer) if not i else "", t.module, t.op, shape, t.dtype, *sizes, t.kept, t.decision, why)
+                (title(layer) if not i else "", t.module, t.op, shape, t.dtype, *sizes, t.kept, t.decision, why)
             )
     headers = ("layer", "module", "op", "shape", "dtype", *arms, "rows kept", "decision", "reason")
     return tabulate(rows, headers, disable_numparse=True)
@@ -157,7 +157,7 @@ def plot(ledger: "Ledger", path: "str | Path") -> None:
     bottom = [0.0] * len(arms)
     for layer in fold(layers(ledger.tensors)):
         heights = [layer.total(f) / 2**20 for f in arms.values()]
-        axes.bar(list(arms), heights, bottom=bottom, label=_times(layer), edgecolor="white")
+        axes.bar(list(arms), heights, bottom=bottom, label=title(layer), edgecolor="white")
         bottom = [a + b for a, b in zip(bottom, heights)]
     axes.set(ylabel="saved for the backward [MiB]")
     figure.legend(loc="outside right upper", fontsize="small")
@@ -169,5 +169,6 @@ def _arms(ledger: "Ledger") -> dict[str, str]:
     return {k: v for k, v in ARMS.items() if k != "eager" or ledger.saved_bytes_eager is not None}
 
 
-def _times(layer: Layer) -> str:
+def title(layer: Layer) -> str:
+    """``encoder.layer.0-11 (x12)``"""
     return layer.name if layer.count == 1 else f"{layer.name} (x{layer.count})"

@@ -21,22 +21,37 @@ import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor that autograd saved."""
+
+    storage: int
+    """Its address."""
+    bytes: int
+    """Of the storage."""
+    shape: tuple[int, ...]
+    dtype: str
+    is_weight: bool
+    """Whether the storage is that of a parameter or buffer."""
+
+
 class Held:
-    """Distinct storages that autograd saved, by address: ``held.bytes`` is their sum."""
+    """Tensors that autograd saved, in order; ``held.bytes`` is the sum of their distinct storages."""
 
-    def __init__(self, skip: set[int]) -> None:
-        self._skip = skip
-        self._storages: dict[int, int] = {}
+    def __init__(self, weights: set[int]) -> None:
+        self._weights = weights
+        self.saved: list[SavedTensor] = []
 
+    @torch.compiler.disable  # between graphs Dynamo would compile it too, and guard on what is in the list
     def add(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._skip:
-            self._storages[storage.data_ptr()] = storage.nbytes()
+        storage, dtype = tensor.untyped_storage(), str(tensor.dtype).removeprefix("torch.")
+        address = storage.data_ptr()
+        self.saved.append(SavedTensor(address, storage.nbytes(), tuple(tensor.shape), dtype, address in self._weights))
         return tensor
 
     @property
     def bytes(self) -> int:
-        return sum(self._storages.values())
+        return sum({t.storage: t.bytes for t in self.saved if not t.is_weight}.values())
 
 
 @contextlib.contextmanager

@@ -77,7 +77,6 @@ USED = {
     # elsewhere
     "Unsupported": Private("torch._dynamo.exc", "the error at a graph break"),
     "UserError": Private("torch._dynamo.exc", "the error where code branches on a number of the data"),
-    "explain": Private("torch._dynamo", "where a model's graph breaks are"),
     "autocast_cast": Private("torch.amp.autocast_mode", "standalone ops under autocast", "_cast"),
     "torch_c": Private("torch", "dispatch keys of autocast", "_C"),
     "default_store": Private("torch.distributed.distributed_c10d", "ranks compare options", "_get_default_store"),

@@ -1,20 +1,24 @@
 """``wtacrs_fx.report``: what a model would hold for its backward, before anything runs."""
 
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
+import wtacrs_fx
+from wtacrs_fx import passes
 from wtacrs_fx.config import Config
 from wtacrs_fx.eager_trace import EagerStep, eager_step, held_storages, without_values
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.ledger import Ledger, Prediction, Saved
 from wtacrs_fx.passes.partition import many_graphs, partition
-from wtacrs_fx.private import Unsupported, UserError, explain
-from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, FakeRun, look_at
+from wtacrs_fx.private import Unsupported, UserError
+from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, FakeRun, GraphBreak, look_at
 
 
 def report(model: nn.Module, batch: Batch, *, device: str | torch.device | None = None, **options: Any) -> Ledger:
@@ -29,21 +33,38 @@ def report(model: nn.Module, batch: Batch, *, device: str | torch.device | None 
         options: the fields of :class:`wtacrs_fx.Config`.
 
     Returns: a ledger with ``saved_bytes_eager`` and ``predicted_eager``. Of several graphs (graph breaks) the ledgers are
-        joined; ``notes`` says where the breaks are.
+        joined; ``notes`` says where the breaks are. Where the forward asks for the value of a tensor at one of them, the
+        ledger is that of the graphs in front of it, ``notes`` says where they end, and eager autograd's figures are None.
 
     Raises:
-        ReportError: nothing is trained, the batch is on another device, the forward branches on data.
+        ReportError: nothing is trained, the batch is on another device, the forward branches on data in front of any graph.
         BudgetError, TypeError, ValueError: as the backend does.
     """
     config = Config.from_options(options)
     with many_graphs():
         run = FakeRun.of(model, batch, device)
-        return with_eager(partition_ledger(run, config), eager_step(run))
+        ledger, ended = _traced(run, config)
+        if ended is not None:
+            return replace(ledger, notes=(*ledger.notes, _end(ended)))
+        return with_eager(ledger, eager_step(run))
 
 
 def partition_ledger(run: FakeRun, config: Config) -> Ledger:
-    """The ledger of the backend for a model on fake tensors."""
-    notes: tuple[str, ...] = ()
+    """The ledger of the backend for a model on fake tensors.
+
+    Raises: ReportError: there is no training graph, or the forward branches on data.
+    """
+    ledger, ended = _traced(run, config)
+    if ended is not None:
+        raise ended
+    return ledger
+
+
+def _traced(run: FakeRun, config: Config) -> tuple[Ledger, ReportError | None]:
+    """The ledger of all graphs, or of those in front of a branch on data, and the error at that branch."""
+    found: list[Ledger] = []
+    breaks: list[GraphBreak] = []
+    ended: ReportError | None = None
 
     def look(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         """The only graph there is: nothing behind its partition is of interest."""
@@ -52,19 +73,27 @@ def partition_ledger(run: FakeRun, config: Config) -> Ledger:
 
     def look_and_go_on(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         forward, backward, ledger = partition(joint, joint_inputs, config=config, **kwargs)
+        found.extend(_ledgers([ledger]))
         return (forward, backward), ledger
 
     try:
-        found = _ledgers(look_at(run, config, look, fullgraph=True))
+        found += _ledgers(look_at(run, config, look, fullgraph=True))
+        notes: tuple[str, ...] = ()
     except (Unsupported, UserError):  # (the latter where code branches on a number of the data)
-        with without_values(run), held_storages(run) as held:
-            found = _ledgers(look_at(run, config, look_and_go_on))
-        notes = _breaks(run, len(found))
+        with held_storages(run) as held:
+            try:
+                with without_values(run):
+                    look_at(run, config, look_and_go_on, breaks=breaks)
+            except ReportError as error:
+                if not (found and error.__cause__):
+                    raise
+                ended = error
+        notes = _breaks(breaks, len(found))
         if found:
             found.append(_between(sum(t.untyped_storage().nbytes() for t in held.values()), found))
     if not found:
         raise ReportError(NO_TRAINING_GRAPH)
-    return join(found, notes)
+    return join(found, notes), ended
 
 
 def _between(held: int, ledgers: Sequence[Ledger]) -> Ledger:
@@ -140,13 +169,23 @@ def _likeness(row: Saved) -> tuple:
     return row.module, row.dtype, row.bytes_eager or row.bytes_exact or row.bytes_now
 
 
-def _breaks(run: FakeRun, graphs: int) -> tuple[str, ...]:
+def _breaks(breaks: Iterable[GraphBreak], graphs: int) -> tuple[str, ...]:
     """Where the graph breaks are, by Dynamo's own account."""
-    with run.mode:
-        explained = run.call(explain(run.model))
     lines = [f"training graphs: {graphs}, joined here; graph breaks, where eager code runs:"]
-    for reason in explained.break_reasons:
+    for reason in breaks:
         frame = reason.user_stack[-1] if reason.user_stack else None
         where = f"{frame.filename}:{frame.lineno}" if frame else "unknown place"
         lines.append(f"  {where}: {reason.reason.splitlines()[0]}")
-    return tuple(lines)
+    return tuple(dict.fromkeys(lines))
+
+
+def _end(error: ReportError) -> str:
+    """Where a forward asked for the value of a tensor: in the innermost frame that is neither torch's nor this package's."""
+    assert error.__cause__ is not None
+    ours = tuple(str(Path(m.__file__ or "").parent) for m in (torch, wtacrs_fx, passes))
+    frames = [f for f in traceback.extract_tb(error.__cause__.__traceback__) if not f.filename.startswith(ours)]
+    where = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else "an unknown place"
+    return (
+        f"not the whole model: at {where} the forward asks for the value of a tensor, which a report does not have. All "
+        "figures are of the graphs in front of it; what follows is unknown."
+    )

@@ -35,6 +35,9 @@ FILES = ("json", "csv", "plot")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+PRESET = {"task": None, "batch_size": 8, "seq_len": 128, "dtype": "float32", "lora": None}
+"""Options of models that are built here, and what they are if not given."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of ``wtacrs-fx report``."""
@@ -54,9 +57,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--model", metavar="NAME", help=f"a transformers config.json, or one of {', '.join(PRESETS)}")
     source.add_argument("--python", metavar="MODULE:FUNCTION", help="a function that returns (model, batch)")
     parser.add_argument("--task", choices=list(TASKS), help="(the usual one)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="(%(default)s)")
-    parser.add_argument("--seq-len", type=positive, default=128, help="tokens (%(default)s)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the parameters (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, help=f"({PRESET['batch_size']})")
+    parser.add_argument("--seq-len", type=positive, help=f"tokens ({PRESET['seq_len']})")
+    parser.add_argument("--dtype", choices=list(DTYPES), help=f"of the parameters ({PRESET['dtype']})")
     parser.add_argument("--lora", metavar="r=32[,...]", help="train adapters only; arguments of peft's LoraConfig")
     parser.add_argument("--ratio", type=float, default=Config().ratio, help="share of rows kept (%(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="any option of the backend")
@@ -83,6 +86,9 @@ def _report(args: argparse.Namespace, traces: StepTraces, ledger: Ledger) -> int
         replace_text(args.csv, ledger.to_csv())
     if args.plot:
         checked(ledger.plot, args.plot)
+    if ledger.saved_bytes_eager is None:
+        print("\nTraining memory is unknown, because the report is not of the whole model.")
+        return 1 if args.gpu_memory else 0
     traces.add(ledger)
     found = [traces.at(arm, traces.batch_size) for arm in ARMS]
     largest = {arm: checked(traces.largest_batch, arm, args.gpu_memory) for arm in ARMS} if args.gpu_memory else None
@@ -104,14 +110,22 @@ def _check_files(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace, device: str = "meta") -> tuple[nn.Module, Batch]:
     """The model and the batch that the command line asks for."""
+    given = {name: value for name in PRESET if (value := getattr(args, name)) is not None}
     if args.python:
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+            raise ReportError(
+                f"{options} beside --python {args.python}: that function makes the model and the batch. Leave it out, and "
+                "change it there."
+            )
         return _from_python(args.python)
+    values = {**PRESET, **given}
     return build(
         args.model,
         task=args.task,
-        batch_size=args.batch_size,
-        length=args.seq_len,
-        dtype=DTYPES[args.dtype],
+        batch_size=values["batch_size"],
+        length=values["seq_len"],
+        dtype=DTYPES[values["dtype"]],
         lora=_assignments("--lora", args.lora.split(",")) if args.lora else None,
         device=device,
     )

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ Look = Callable[..., tuple[tuple[GraphModule, GraphModule] | None, T]]
 
 NO_TRAINING_GRAPH = (
     "no training graph was traced: call model.train(), enable gradients, and let the model return what the loss is computed "
-    "from."
+    "from. Of a function with a graph break inside a loop Dynamo compiles nothing: TORCH_LOGS=graph_breaks names them."
 )
 
 
@@ -109,7 +109,17 @@ def starts(output: Any) -> list[Tensor]:
     return found
 
 
-def look_at(run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = False) -> list[T]:
+class GraphBreak(Protocol):
+    """What Dynamo says of the end of a graph that is not the end of the model."""
+
+    reason: str
+    user_stack: Sequence[Any]
+    """Frames with ``filename`` and ``lineno``, the innermost last."""
+
+
+def look_at(
+    run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = False, breaks: "list[GraphBreak] | None" = None
+) -> list[T]:
     """Let Dynamo and AOTAutograd trace a model, and look at every training graph where a partitioner would partition it.
 
     Args:
@@ -117,10 +127,14 @@ def look_at(run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = Fa
         config: the options.
         look: see :data:`Look`. Nothing is compiled; where ``look`` does not end the tracing, the graphs run on fake tensors.
         fullgraph: raise ``torch._dynamo.exc.Unsupported`` at a graph break, before anything was looked at.
+        breaks: receives the graph breaks.
     """
     found: list[T] = []
 
     def backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+        end: Any = gm.compile_subgraph_reason
+        if breaks is not None and end.graph_break:
+            breaks.append(end)
         looker = _Looker(config, dynamo_names(gm), look, found)
         return compile_inductor(gm, inputs, looker, None, compile_graph=uncompiled)
 
