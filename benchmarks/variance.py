@@ -32,6 +32,8 @@ TARGETS = (
     ("bytes of WTA-CRS@0.1, activation norms", "activation/0.1/bytes", 0.2),
     ("bytes of WTA-CRS@0.3, activation norms", "activation/0.3/bytes", 0.05),
     ("rows of WTA-CRS@0.3, sample norms", "sample/0.3/rows", 0.35),
+    ("bytes of WTA-CRS@0.3, sample norms", "sample/0.3/bytes", 0.35),
+    ("rows of WTA-CRS@0.3, true norms", "true/0.3/rows", 0.35),
 )
 """What is compared with WTA-CRS with rows as they are, where, and which share of its error is aimed at."""
 
@@ -154,6 +156,8 @@ _CANDIDATES = (
     "systematic, mean/16",
     "systematic, mean/4",
     "systematic, mean, padding/16",
+    "systematic, 16 directions/16",
+    "systematic, 32 directions/16",
 )
 
 
