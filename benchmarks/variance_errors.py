@@ -175,7 +175,7 @@ def layer_errors(
     kernels = {taken_out: x.kernel() for taken_out, x in layers.items()}
     whole = float(kernels[False, 0].double().sum())
     noise = {
-        (*taken_out, bits): x.g.square().sum(1) * rounding_error(x.h, bits) / whole
+        (taken_out, bits): x.g.square().sum(1) * rounding_error(x.h, bits) / whole
         for taken_out, x in layers.items()
         for bits in BITS
     }
@@ -201,9 +201,8 @@ def layer_errors(
                             error, squares = draw_errors(kernels[taken_out], weights, count, estimator, uniform, draws)
                             found[count] = error / whole, squares
                         error, squares = found[count]
-                        result[f"{name}/{source}/{ratio:g}/{kind}/{bits}"] = error + float(
-                            squares @ noise[mean, directions, bits]
-                        )
+                        rounding = float(squares @ noise[taken_out, bits])
+                        result[f"{name}/{source}/{ratio:g}/{kind}/{bits}"] = error + rounding
     return result
 
 

@@ -57,7 +57,7 @@ def principal_directions(x: Tensor, mean: Tensor, weight: Tensor | None, directi
     found = orthonormal((uniform(key, (directions, len(x))) - 0.5) @ x)
     for _ in range(ITERATIONS):
         found = orthonormal(found @ x.T @ x)
-    return found
+    return found.contiguous()  # (solved column by column)
 
 
 @principal_directions.register_fake
