@@ -147,7 +147,7 @@ class _Rewriter:
             norms = row_norms(emit, h, dim) if part is None else part.norms
             importance = self.known.importance(emit, norms, decision)
             rows, scale = self._select(emit, importance, seed, decision)
-            kept = gather_scaled(emit, h, dim, rows, scale, part and part.forward)
+            kept = gather_scaled(emit, h, dim, rows, scale, None if part is None else part.forward)
             stored: tuple[Node, ...]
             if decision.form is None:
                 again = self.severed.cut(_as_type(emit, kept, decision))
@@ -191,7 +191,9 @@ class _Rewriter:
     def _exact_part(self, emit: Emitter, decision: Decision, dim: int, g: Node, g_dim: int) -> Node | None:
         """What was taken out of the rows contributes this, in the product's orientation."""
         part = self.center.parts.get(decision.group)
-        return part and part.backward.exact(emit, g, g_dim, dim, decision.site.activation_first)
+        if part is None:
+            return None
+        return part.backward.exact(emit, g, g_dim, dim, decision.site.activation_first)
 
     def late(self, decision: Decision) -> Node:
         """The same with rows chosen in the backward by ``|h_i| |g_i|``, the importance of least variance."""
@@ -207,7 +209,9 @@ class _Rewriter:
             importance = emit(aten.mul.Tensor, h_norms, row_norms(emit, g, g_dim))
             rows, scale = self._select(emit, importance, seed, decision)
             part = self.center.parts.get(decision.group)
-            kept = _as_type(emit, gather_scaled(emit, h, h_dim, rows, scale, part and part.backward), decision)
+            kept = _as_type(
+                emit, gather_scaled(emit, h, h_dim, rows, scale, None if part is None else part.backward), decision
+            )
             taken = gather(emit, g, g_dim, rows)
             if self.config.measures:
                 chosen_by = ChosenBy(h_norms, importance, rows)
