@@ -93,11 +93,35 @@ def test_noise_of_the_directions_is_gone():
         assert noise(found[8], name, exact) < 0.35 * noise(found[0], name, exact), name
 
 
-def test_inputs_of_low_rank_are_exact_but_for_what_their_coefficients_are_rounded_by():
+class Columns(nn.Module):
+    """A product whose rows are the columns of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        return ((self.a.weight @ (x.T * 2)) * g.T).sum()
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_inputs_of_low_rank_are_exact_but_for_what_their_coefficients_are_rounded_by(columns):
     model, batch = layers(rest=0)
+    model = Columns() if columns else model
     exact = gradients(model, *batch)
-    moments, _ = draw(model, batch, 20, late="exact")
+    moments, backend = draw(model, batch, 20, late="exact")
+    assert backend.ledger.count("early") == 1
     assert 0 < noise(moments, "a.weight", exact) < 1e-3
+
+
+def test_a_row_that_is_the_mean():
+    """Nothing is left of it but what rounding leaves, and that is sampled too."""
+    model, (x, g) = layers(rest=0)
+    x[5] = x[torch.arange(ROWS) != 5].mean(0)
+    g[5] *= 100
+    exact = gradients(model, x, g)
+    moments, _ = draw(model, (x, g), 120, late="exact")
+    assert float(moments.z("a.weight", exact["a.weight"]).square().mean()) < 1 + 4.5 * 0.18
 
 
 @pytest.mark.parametrize("late", ["sample", "exact"])
