@@ -38,9 +38,9 @@ aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
 FORM = Format(8, scale_bits=16)
 """Of coefficients: whatever rounding does to them is left to the rows that are sampled."""
 
-LEAST_REST = 0.01, 1e-4
-"""Shares of a row's own square, and of the mean square of all rows, that a rest counts for at least: what rounding of
-coefficients leaves of a row (a square of about the latter) may not have importance zero, or the row would never be kept."""
+LEAST_REST = 0.01
+"""Share of a row's square that its rest counts for at least, since the difference of two squares is not exact: a row without
+importance is never kept."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,7 @@ def _rest_norms(emit: Emitter, norms: Node, coefficients: Node) -> Node:
     a = as_float32(emit, coefficients)
     whole = emit(aten.mul.Tensor, norms, norms)
     rest = emit(aten.sub.Tensor, whole, emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, a, a), [0]))
-    for least, share in zip((whole, emit(aten.mean.default, whole)), LEAST_REST):
-        rest = emit(aten.maximum.default, rest, emit(aten.mul.Tensor, least, share))
-    return emit(aten.sqrt.default, rest)
+    return emit(aten.sqrt.default, emit(aten.maximum.default, rest, emit(aten.mul.Tensor, whole, LEAST_REST)))
 
 
 def gather_scaled(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node, half: Half | None = None) -> Node:
