@@ -126,9 +126,9 @@ def render(results: list[dict[str, Any]]) -> str:
     parts = [
         "# Variance of weight gradients\n",
         "Median over the linear layers of the blocks of E|G'-G|^2/|G|^2. "
-        f"{settings['draws']} draws, {settings['batches']} batch; norms of 'sample' are {settings['age']} steps old. Rows are "
+        f"{settings['batches']} batch; norms of 'sample' are {settings['age']} steps old. Rows are "
         "rounded in groups of 128 with 16-bit scales. 'bytes': as many rows in so many bits as the bytes of the rows of that "
-        "ratio hold in 16 bits, row index and scales included. Made by `python -m wtacrs_fx.benchmarks.variance`; "
+        "ratio hold in 16 bits, row index and scales included, and mean, directions and their coefficients. Made by `python -m wtacrs_fx.benchmarks.variance`; "
         f"{'; '.join(environments)}.\n",
         "## Shares of WTA-CRS's error\n",
         tabulate(
@@ -140,7 +140,8 @@ def render(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         parts += [
-            f"\n## {r['condition']} ({100 * r['padding']:.0f} % padding, {r['rows']} rows, {len(r['layers'])} layers)\n",
+            f"\n## {r['condition']} ({100 * r['padding']:.0f} % padding, {r['rows']} rows, {len(r['layers'])} layers, "
+            f"{r['settings']['draws']} draws)\n",
             _error_table(r),
             "\nWTA-CRS's winners, median over the layers: |C|/k, the mass of C, and the share of layers in which the mass is "
             "larger (the paper's condition)\n",
