@@ -128,7 +128,8 @@ def render(results: list[dict[str, Any]]) -> str:
         "Median over the linear layers of the blocks of E|G'-G|^2/|G|^2. "
         f"{settings['batches']} batch; norms of 'sample' are {settings['age']} steps old. Rows are "
         "rounded in groups of 128 with 16-bit scales. 'bytes': as many rows in so many bits as the bytes of the rows of that "
-        "ratio hold in 16 bits, row index and scales included, and mean, directions and their coefficients. Made by `python -m wtacrs_fx.benchmarks.variance`; "
+        "ratio hold in 16 bits, row index and scales included, and mean, directions and their coefficients. Made by `python -m "
+        "wtacrs_fx.benchmarks.variance`; "
         f"{'; '.join(environments)}.\n",
         "## Shares of WTA-CRS's error\n",
         tabulate(
