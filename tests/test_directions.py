@@ -178,7 +178,7 @@ def test_narrow_inputs_have_fewer():
     assert (limit(16, 384), limit(16, 64), limit(16, 7), limit(0, 64)) == (16, 8, 0, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled():
     """By Inductor."""
     model, batch = layers()
