@@ -32,6 +32,16 @@ from wtacrs_fx.benchmarks.options import add_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+ROWS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", in 8 bits": {"row_bits": 8},
+    ", in 4 bits": {"row_bits": 4},
+    ", center_rows": {"center_rows": True},
+    ", 16 directions": {"directions": 16},
+    ", norms by position": {"norms": "position"},
+}
+"""What may be done to kept rows. Its cost is the difference of step times to plain rows: ``--only '^rows'`` measures that."""
+
 NO_GRADIENT = 1e-16
 """Mean square below which a gradient is zero but for rounding of floating point (biases of keys)."""
 
@@ -59,7 +69,8 @@ def main() -> None:
 def arms(args: argparse.Namespace) -> list[Arm]:
     """Inductor's default first."""
     common: dict[str, Any] = {"memory_budget": None}
-    found = [Arm("packed masks", Backend(ratio=1.0, **common)), Arm("rows 0.3", Backend(ratio=0.3, **common))]
+    found = [Arm("packed masks", Backend(ratio=1.0, **common))]
+    found += [Arm(f"rows 0.3{name}", Backend(ratio=0.3, **common, **options)) for name, options in ROWS.items()]
     for bits in args.bits:
         for fused in (False, True):
             for ratio in (1.0, 0.3):

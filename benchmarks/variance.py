@@ -32,6 +32,8 @@ TARGETS = (
     ("bytes of WTA-CRS@0.1, activation norms", "activation/0.1/bytes", 0.2),
     ("bytes of WTA-CRS@0.3, activation norms", "activation/0.3/bytes", 0.05),
     ("rows of WTA-CRS@0.3, sample norms", "sample/0.3/rows", 0.35),
+    ("bytes of WTA-CRS@0.3, sample norms", "sample/0.3/bytes", 0.35),
+    ("rows of WTA-CRS@0.3, true norms", "true/0.3/rows", 0.35),
 )
 """What is compared with WTA-CRS with rows as they are, where, and which share of its error is aimed at."""
 
@@ -124,9 +126,10 @@ def render(results: list[dict[str, Any]]) -> str:
     parts = [
         "# Variance of weight gradients\n",
         "Median over the linear layers of the blocks of E|G'-G|^2/|G|^2. "
-        f"{settings['draws']} draws, {settings['batches']} batch; norms of 'sample' are {settings['age']} steps old. Rows are "
+        f"{settings['batches']} batch; norms of 'sample' are {settings['age']} steps old. Rows are "
         "rounded in groups of 128 with 16-bit scales. 'bytes': as many rows in so many bits as the bytes of the rows of that "
-        "ratio hold in 16 bits, row index and scales included. Made by `python -m wtacrs_fx.benchmarks.variance`; "
+        "ratio hold in 16 bits, row index and scales included, and mean, directions and their coefficients. Made by `python -m "
+        "wtacrs_fx.benchmarks.variance`; "
         f"{'; '.join(environments)}.\n",
         "## Shares of WTA-CRS's error\n",
         tabulate(
@@ -138,7 +141,8 @@ def render(results: list[dict[str, Any]]) -> str:
     ]
     for r in results:
         parts += [
-            f"\n## {r['condition']} ({100 * r['padding']:.0f} % padding, {r['rows']} rows, {len(r['layers'])} layers)\n",
+            f"\n## {r['condition']} ({100 * r['padding']:.0f} % padding, {r['rows']} rows, {len(r['layers'])} layers, "
+            f"{r['settings']['draws']} draws)\n",
             _error_table(r),
             "\nWTA-CRS's winners, median over the layers: |C|/k, the mass of C, and the share of layers in which the mass is "
             "larger (the paper's condition)\n",
@@ -154,6 +158,8 @@ _CANDIDATES = (
     "systematic, mean/16",
     "systematic, mean/4",
     "systematic, mean, padding/16",
+    "systematic, 16 directions/16",
+    "systematic, 32 directions/16",
 )
 
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 import wtacrs_fx.ops  # noqa: F401  (registers stream_key)
+from wtacrs_fx.directions import limit
 from wtacrs_fx.estimators import ESTIMATORS, Uniform, sanitize, winner_count
+from wtacrs_fx.passes.center import FORM
 from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
 
 AS_IS = 16
@@ -27,6 +29,9 @@ BITS = (AS_IS, 8, 4)
 
 FLOOR = 0.01
 """Share of the mean importance that every row has at least, where the gradient's norm is a guess."""
+
+DIRECTIONS = (16, 32)
+"""Principal directions that are taken out."""
 
 INDEX_BYTES = 8
 """Of every kept row."""
@@ -46,10 +51,17 @@ class Layer:
         """Rows that have a gradient [M]; the others are padding."""
         return self.g.square().sum(1) > 0
 
-    def centred(self) -> "Layer":
-        """With the mean input over rows that have a gradient subtracted: the rest of ``sum g (h - mean)^T + (sum g) mean^T``
-        is exact."""
-        return Layer(self.h - self.h[self.real].mean(0), self.g, self.sequence)
+    def centred(self, directions: int = 0) -> "Layer":
+        """With the mean input over rows that have a gradient subtracted, and so many principal directions, whose coefficients
+        are rounded to 8 bits: the rest of ``sum g (h - mean - a B)^T + (sum g) mean^T + (sum g a) B`` is exact."""
+        mean = self.h[self.real].mean(0, keepdim=True)
+        rest = self.h - mean
+        if directions := limit(directions, self.h.shape[1]):
+            basis = torch.ops.wtacrs.principal_directions(self.h, mean, self.real.float(), directions)
+            exact = (rest @ basis.T).T.contiguous()
+            written = quantise(exact, torch.ops.wtacrs.stream_key(torch.tensor([0]), 0), FORM)
+            rest = rest - dequantise(written, exact.shape, exact.dtype, FORM).T @ basis
+        return Layer(rest, self.g, self.sequence)
 
     def kernel(self) -> Tensor:
         """K [M, M]."""
@@ -63,9 +75,18 @@ def row_bytes(width: int, bits: int) -> int:
     return written_bytes((1, width), Format(bits, scale_bits=16)) + INDEX_BYTES
 
 
-def rows_for(bytes_of: int, width: int, bits: int, rows: int) -> int:
-    """How many rows in so many bits fit into the bytes of ``bytes_of`` rows as they are; at most all."""
-    return min(rows, bytes_of * row_bytes(width, AS_IS) // row_bytes(width, bits))
+def rows_for(bytes_of: int, width: int, bits: int, rows: int, besides: int = 0) -> int:
+    """How many rows in so many bits, and so many bytes besides, fit into the bytes of ``bytes_of`` rows as they are; at most
+    all."""
+    return max(1, min(rows, (bytes_of * row_bytes(width, AS_IS) - besides) // row_bytes(width, bits)))
+
+
+def bytes_besides(rows: int, width: int, mean: bool, directions: int) -> int:
+    """Of what is held for the exact part: a mean row, directions, and their coefficients."""
+    directions = limit(directions, width)
+    return (4 * width if mean else 0) + (4 * directions * width + written_bytes((directions, rows), FORM)) * (
+        directions > 0
+    )
 
 
 def rounding_error(h: Tensor, bits: int, draws: int = 2) -> Tensor:
@@ -121,6 +142,8 @@ class Variant(NamedTuple):
     """By sequence."""
     padding: bool = False
     """Rows without a gradient are known, and have probability zero."""
+    directions: int = 0
+    """So many principal directions besides the mean."""
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -131,6 +154,7 @@ VARIANTS: Mapping[str, Variant] = {
     "systematic, mean": Variant("systematic", mean=True),
     "systematic, mean, padding": Variant("systematic", mean=True, padding=True),
     "systematic, by sequence": Variant("systematic", stratified=True),
+    **{f"systematic, {n} directions": Variant("systematic", mean=True, padding=True, directions=n) for n in DIRECTIONS},
 }
 
 
@@ -147,18 +171,20 @@ def layer_errors(
         draws: of every estimator.
         seed: of the draws.
     """
-    layers = {False: layer, True: layer.centred()}
-    kernels = {mean: x.kernel() for mean, x in layers.items()}
-    whole = float(kernels[False].double().sum())
+    layers = {(False, 0): layer} | {(True, n): layer.centred(n) for n in (0, *DIRECTIONS)}
+    kernels = {taken_out: x.kernel() for taken_out, x in layers.items()}
+    whole = float(kernels[False, 0].double().sum())
     noise = {
-        (mean, bits): x.g.square().sum(1) * rounding_error(x.h, bits) / whole
-        for mean, x in layers.items()
+        (taken_out, bits): x.g.square().sum(1) * rounding_error(x.h, bits) / whole
+        for taken_out, x in layers.items()
         for bits in BITS
     }
     rows, width = layer.h.shape
     result: dict[str, float] = {}
-    for name, (estimator, mean, stratified, padding) in VARIANTS.items():
-        norms = layers[mean].h.norm(dim=1)
+    for name, (estimator, mean, stratified, padding, directions) in VARIANTS.items():
+        taken_out = (mean, directions)
+        norms = layers[taken_out].h.norm(dim=1)
+        besides = bytes_besides(rows, width, mean, directions)
         for source, guess in gradient_norms.items():
             weights = norms * guess
             weights = weights if source == "true" else weights.clamp_min(FLOOR * float(weights.mean()))
@@ -167,15 +193,16 @@ def layer_errors(
                 k = math.ceil(ratio * rows)
                 found: dict[int, tuple[float, Tensor]] = {}
                 for bits in BITS:
-                    fit = rows_for(k, width, bits, rows)
+                    fit = rows_for(k, width, bits, rows, besides)
                     for kind, count in (("rows", k), ("bytes", fit)):
                         if count not in found:
                             uniform = generator(draws, seed)
                             uniform = by_sequence(uniform, layer.sequence) if stratified else uniform
-                            error, squares = draw_errors(kernels[mean], weights, count, estimator, uniform, draws)
+                            error, squares = draw_errors(kernels[taken_out], weights, count, estimator, uniform, draws)
                             found[count] = error / whole, squares
                         error, squares = found[count]
-                        result[f"{name}/{source}/{ratio:g}/{kind}/{bits}"] = error + float(squares @ noise[mean, bits])
+                        rounding = float(squares @ noise[taken_out, bits])
+                        result[f"{name}/{source}/{ratio:g}/{kind}/{bits}"] = error + rounding
     return result
 
 

@@ -34,17 +34,17 @@ def build_ledger(
     for decision in plan:
         site = decision.site
         source = decision.base.name
-        mean = [done.means[decision.group]] if decision.group in done.means else []
+        taken_out = done.taken_out.get(decision.group, ())
         before, after, reason = exact_bytes.get(source, 0), now_bytes.get(source, 0), decision.reason
         if decision.group in first_of:  # bytes are counted once, at the first site
             before = after = 0
             shared = f"shared with {first_of[decision.group]}"
             reason = f"{shared}; {reason}" if reason.startswith("norms: ") else reason or shared
         elif decision.action is Action.LATE:
-            after += sum(storages([done.norms[decision.group], *mean]).values())
+            after += sum(storages([done.norms[decision.group], *taken_out]).values())
         elif decision.action is Action.EARLY:
             kept = done.draws[decision.group]
-            after = sum(storages((*kept.stored, kept.index, *mean)).values())
+            after = sum(storages((*kept.stored, kept.index, *taken_out)).values())
         first_of.setdefault(decision.group, site.module)
         rows = _size(site.activation.rows)
         entries.append(

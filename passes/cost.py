@@ -10,6 +10,7 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
+from wtacrs_fx.directions import ITERATIONS, SAMPLE
 from wtacrs_fx.passes.policy import hint
 from wtacrs_fx.private import OpOverload
 
@@ -25,6 +26,9 @@ def flops(node: Node) -> int:
         return sdpa_flop_count(*(_shape(a) for a in node.args[:3]))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return sdpa_backward_flop_count(*(_shape(a) for a in node.args[:4]))
+    if packet is torch.ops.wtacrs.principal_directions:
+        (found, width), (rows, _) = _shape(node), _shape(node.args[0])
+        return 2 * min(rows, SAMPLE) * width * found * (1 + 2 * ITERATIONS)
     if packet not in flop_registry:
         return 0
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: _signature(n.meta["val"]))
@@ -40,7 +44,9 @@ def _by_formula(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def launches(node: Node) -> int:
     """How many kernels' worth of fixed cost a node has. Choosing rows is a dozen small operations (a sort, prefix sums,
-    searches), 0.3 ms for 2048 rows on two cores."""
+    searches), 0.3 ms for 2048 rows on two cores; finding directions is three times some eight."""
+    if node.target is torch.ops.wtacrs.principal_directions.default:
+        return 24
     return 12 if node.target is torch.ops.wtacrs.select_rows.default else 1
 
 

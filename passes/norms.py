@@ -112,13 +112,20 @@ class KnownRows:
     def mean(self, emit: Emitter, matrix: Node, dim: int, decision: Decision) -> Node:
         """The mean row [1, D] or [D, 1] of a float32 input, rows that the mask calls padding left out. (Any row would do for
         :mod:`center_rows <wtacrs_fx.passes.sample>`: gradients stay unbiased where the mask is wrong.)"""
-        if not self._masked(decision):
+        weight = self.weight(emit, decision)
+        if weight is None:
             return emit(aten.mean.dim, matrix, [dim], True)
-        weight = emit(prims.convert_element_type.default, self._padding_mask()[0], torch.float32)
         count = emit(aten.clamp_min.default, emit(aten.sum.default, weight), 1.0)
         column = emit(aten.unsqueeze.default, weight, other_dim(matrix, dim))
         total = emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, matrix, column), [dim], True)
         return emit(aten.div.Tensor, total, count)
+
+    def weight(self, emit: Emitter, decision: Decision) -> Node | None:
+        """Float32 [M], 0 for rows that the mask calls padding, 1 for others; None without a mask."""
+        if not self._masked(decision):
+            return None
+        result: Node = emit(prims.convert_element_type.default, self._padding_mask()[0], torch.float32)
+        return result
 
     def record(self, emit: Emitter, decision: Decision, gradient: Node, features: int, rows: Node) -> Node:
         """Report the gradient rows of a site; ``features`` is the dimension of G that is not its rows. Returns the row index by

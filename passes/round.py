@@ -139,13 +139,18 @@ def _read(graph: Graph, env: Mapping[Node, Node], rounding: Rounding, written: S
 def write(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Draws) -> tuple[Node, ...]:
     """Codes and scales of a tensor whose dimensions are written in this order, computed in the forward with a key of their
     own; returns the backward's."""
+    return tuple(draws.severed.cut(w) for w in codes(emit, tensor, order, form, draws))
+
+
+def codes(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Draws) -> tuple[Node, ...]:
+    """The same; returns the forward's."""
 
     def function(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         return quantise(x.permute(order), key, form)
 
     key = emit(wtacrs.stream_key.default, draws.seed(tensor)[0], draws.stream())
     written: Sequence[Node] = emit.inline(function, tensor, key)
-    return tuple(draws.severed.cut(w) for w in written)
+    return tuple(written)
 
 
 def read(emit: Emitter, written: Sequence[Node], like: Tensor, order: list[int], form: Format) -> Node:

@@ -38,12 +38,6 @@ def gather(emit: Emitter, matrix: Node, dim: int, rows: Node) -> Node:
     return emit(aten.gather.default, matrix, dim, index)
 
 
-def gather_scaled(emit: Emitter, matrix: Node, dim: int, rows: Node, scale: Node) -> Node:
-    """``scale * matrix[rows]``, multiplied in float32: a scale rounded to bfloat16 would bias every row alike."""
-    column = emit(aten.unsqueeze.default, scale, other_dim(matrix, dim))
-    return emit(aten.mul.Tensor, as_float32(emit, gather(emit, matrix, dim, rows)), column)
-
-
 def center(emit: Emitter, matrix: Node, mean: Node | None) -> Node:
     """The matrix without the mean of its rows, in float32; as it is without one."""
     return matrix if mean is None else emit(aten.sub.Tensor, as_float32(emit, matrix), mean)

@@ -15,11 +15,7 @@ With ``row_bits`` the rows are rounded where they are gathered, and the backward
                                                     (forward)   codes, scales = quantise(rows, key)
                                                     (backward)  rows: f32[k, D] = dequantise(codes, scales)
 
-With ``center_rows`` the mean of the rows is subtracted before, and what it contributes is added exactly::
-
-                                                    mean: f32[1, D] = view.mean(0); centered = view - mean
-                                                    rows: f32[k, D] = centered[select_rows.0] * select_rows.1[:, None]
-                                                    mm: f32[O, D] = mm(index.T, rows) + grad.sum(0)[:, None] * mean
+What rows have in common may be taken out before, and added exactly: :mod:`wtacrs_fx.passes.center`.
 
 Late: the same in the backward, with ``|view_i| |grad_i|`` as the importance; only the norms of ``view`` come from the
 forward, and ``view[rows]`` is computed from whatever the cut saves.
@@ -35,12 +31,13 @@ import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.passes.center import Center, gather_scaled
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.norms import ChosenBy, KnownRows
 from wtacrs_fx.passes.policy import Action, Decision, ratio_fraction
 from wtacrs_fx.passes.round import Rounded, read, write
-from wtacrs_fx.passes.rows import as_float32, center, contract, gather, gather_scaled, like, other_dim, row_norms
+from wtacrs_fx.passes.rows import contract, gather, like, other_dim, row_norms
 from wtacrs_fx.passes.sites import Operand, Site
 from wtacrs_fx.rounding import Format
 
@@ -73,8 +70,8 @@ class Sampled:
     """Draw group of early sites -> what is kept of it."""
     norms: dict[tuple, Node] = field(default_factory=dict)
     """Draw group of late sites -> placeholder of the row norms that the backward reads."""
-    means: dict[tuple, Node] = field(default_factory=dict)
-    """Draw group -> placeholder of the mean row that the backward reads, with ``center_rows``."""
+    taken_out: dict[tuple, tuple[Node, ...]] = field(default_factory=dict)
+    """Draw group -> placeholders of what was taken out of the rows and the backward adds, with ``center_rows``."""
     products: dict[Node, Node] = field(default_factory=dict)
     """Site's product in the original graph -> its replacement."""
     rounded: Rounded = field(default_factory=Rounded)
@@ -119,7 +116,7 @@ def sample(
             done.products[decision.site.node] = rewriter.late(decision)
             done.late += 1
     done.norms = rewriter.norms
-    done.means = {group: mean for group, (_, mean) in rewriter.means.items()}
+    done.taken_out = {group: part.backward.nodes for group, part in rewriter.center.parts.items()}
     return done
 
 
@@ -136,7 +133,7 @@ class _Rewriter:
         self.graph, self.env, self.draws, self.config, self.rounded = graph, dict(env), draws, config, rounded
         self.severed, self.known = draws.severed, known
         self.norms: dict[tuple, Node] = {}
-        self.means: dict[tuple, tuple[Node, Node]] = {}
+        self.center = Center(draws, config, known)
         self.matrices: dict[Node, Node] = {}
 
     def keep_rows(self, decision: Decision, first: Node) -> Kept:
@@ -144,14 +141,13 @@ class _Rewriter:
         source = self.env[decision.site.activation.source]
         seed, _ = self.draws.seed(source)
         h, dim = self._matrix(decision.site.activation)
-        mean, _ = self._mean(decision)
-        with self.draws.behind(h if mean is None else mean):
+        part = self.center.part(decision, h, dim)
+        with self.draws.behind(h if part is None else part.norms):
             emit = Emitter(self.graph, source, tag="must_be_in_forward")
-            h = center(emit, h, mean)
-            norms = row_norms(emit, h, dim)
+            norms = row_norms(emit, h, dim) if part is None else part.norms
             importance = self.known.importance(emit, norms, decision)
             rows, scale = self._select(emit, importance, seed, decision)
-            kept = gather_scaled(emit, h, dim, rows, scale)
+            kept = gather_scaled(emit, h, dim, rows, scale, None if part is None else part.forward)
             stored: tuple[Node, ...]
             if decision.form is None:
                 again = self.severed.cut(_as_type(emit, kept, decision))
@@ -167,18 +163,6 @@ class _Rewriter:
             return None
         cut = self.severed.cut(norms)
         return ChosenBy(cut, cut if importance is norms else self.severed.cut(importance), index)
-
-    def _mean(self, decision: Decision) -> tuple[Node | None, Node | None]:
-        """The mean row of H, [1, D] or [D, 1], float32: in the forward, and as the backward reads it."""
-        if not self.config.center_rows or decision.site.is_attention:
-            return None, None
-        if decision.group not in self.means:
-            h, dim = self._matrix(decision.site.activation)
-            with self.draws.behind(h):
-                emit = Emitter(self.graph, h, tag="must_be_in_forward")
-                mean = self.known.mean(emit, as_float32(emit, h), dim, decision)
-            self.means[decision.group] = mean, self.severed.cut(mean)
-        return self.means[decision.group]
 
     def _rounded(self, emit: Emitter, kept: Node, dim: int, form: Format, first: Node) -> tuple[tuple[Node, ...], Node]:
         """Kept rows in few bits, with groups along the features of each; and computed from them in front of ``first``."""
@@ -205,14 +189,11 @@ class _Rewriter:
             return self._replace(emit, site, node, (kept.rows, kept.dim), (taken, g_dim), part)
 
     def _exact_part(self, emit: Emitter, decision: Decision, dim: int, g: Node, g_dim: int) -> Node | None:
-        """``(sum_i g_i) mean^T``, what the subtracted mean contributes, in the product's orientation."""
-        _, mean = self._mean(decision)
-        if mean is None:
+        """What was taken out of the rows contributes this, in the product's orientation."""
+        part = self.center.parts.get(decision.group)
+        if part is None:
             return None
-        total = emit(aten.sum.dim_IntList, as_float32(emit, g), [g_dim], True)
-        first = decision.site.activation_first  # [D, O]: the mean is a column
-        mean, total = contract(emit, mean, dim, to=int(first)), contract(emit, total, g_dim, to=int(not first))
-        return emit(aten.mul.Tensor, mean, total)
+        return part.backward.exact(emit, g, g_dim, dim, decision.site.activation_first)
 
     def late(self, decision: Decision) -> Node:
         """The same with rows chosen in the backward by ``|h_i| |g_i|``, the importance of least variance."""
@@ -227,14 +208,16 @@ class _Rewriter:
             g, g_dim = self._matrix(site.gradient)
             importance = emit(aten.mul.Tensor, h_norms, row_norms(emit, g, g_dim))
             rows, scale = self._select(emit, importance, seed, decision)
-            h = center(emit, h, self._mean(decision)[1])
-            kept = _as_type(emit, gather_scaled(emit, h, h_dim, rows, scale), decision)
+            part = self.center.parts.get(decision.group)
+            kept = _as_type(
+                emit, gather_scaled(emit, h, h_dim, rows, scale, None if part is None else part.backward), decision
+            )
             taken = gather(emit, g, g_dim, rows)
             if self.config.measures:
                 chosen_by = ChosenBy(h_norms, importance, rows)
                 taken = self.known.measure(emit, decision, chosen_by, g, (kept, h_dim), (taken, g_dim))
-            part = self._exact_part(emit, decision, h_dim, g, g_dim)
-            return self._replace(emit, site, node, (kept, h_dim), (taken, g_dim), part)
+            more = self._exact_part(emit, decision, h_dim, g, g_dim)
+            return self._replace(emit, site, node, (kept, h_dim), (taken, g_dim), more)
 
     def _matrix(self, operand: Operand) -> tuple[Node, int]:
         """The operand without a leading dimension of 1: one view per tensor, on whichever side of the cut it is read."""
@@ -252,10 +235,10 @@ class _Rewriter:
         """Row norms of H [M], taken where H is made: the backward then computes H again at the kept rows only."""
         if decision.group not in self.norms:
             h, dim = self._matrix(decision.site.activation)
-            mean, _ = self._mean(decision)
-            with self.draws.behind(h if mean is None else mean):
+            part = self.center.part(decision, h, dim)
+            with self.draws.behind(h if part is None else part.norms):
                 emit = Emitter(self.graph, h, tag="must_be_in_forward")
-                norms = row_norms(emit, center(emit, h, mean), dim)
+                norms = row_norms(emit, h, dim) if part is None else part.norms
             self.norms[decision.group] = self.severed.cut(norms)
         return self.norms[decision.group]
 

@@ -94,8 +94,8 @@ def _stand_ins(plan: Sequence[Decision], done: Sampled) -> Iterator[tuple[Node, 
             yield from ((n, d.base.name) for n in (*kept.stored, kept.index))
         elif d.action is Action.LATE:
             yield done.norms[d.group], d.base.name
-        if d.action is not Action.EXACT and d.group in done.means:
-            yield done.means[d.group], d.base.name
+        if d.action is not Action.EXACT:
+            yield from ((n, d.base.name) for n in done.taken_out.get(d.group, ()))
 
 
 def _storages(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from wtacrs_fx.benchmarks import accuracy
-from wtacrs_fx.benchmarks.accuracy import Text, joined, paired, read_tab, render
+from wtacrs_fx.benchmarks.accuracy import paired, render
+from wtacrs_fx.benchmarks.texts import Text, joined, read_tab
 
 
 def result(arm: str, ratio: float, seed: int, correct: list[int]) -> dict:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import wtacrs_fx
-from wtacrs_fx import Backend, Config, NoiseBudget, ReportError, calibrate
+from wtacrs_fx import Backend, Config, ReportError, calibrate
 from wtacrs_fx.estimators import ESTIMATORS, sanitize, winner_count
 from wtacrs_fx.meter import GRID
 from wtacrs_fx.noise import allocate, batch_variance, sequence_squares, smallest_within, variance
@@ -244,27 +244,25 @@ def test_ratios_by_module_without_a_compiler() -> None:
     assert [m.wtacrs_sampler.ratio for m in model] == [0.2, 0.7]
 
 
-def test_the_budget_compiles_a_bounded_number_of_times_and_leaves_training_alone() -> None:
+def test_training_is_left_alone_and_a_compiled_model_is_measured_like_a_plain_one() -> None:
     torch.manual_seed(0)
     model, x = Net(), batch_of()
-    budget = NoiseBudget(model, noise=0.3, every=2, recompilations=1, **SMALL)
     model.a.weight.grad = torch.ones_like(model.a.weight)
     state = torch.get_rng_state()
-    assert budget.step(x)
+    plain = calibrate(model, [x], noise=0.3, **SMALL)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model.a.weight.grad, torch.ones_like(model.a.weight))
-    model.zero_grad()
+    assert model.b.weight.grad is None
+    backend = Backend(**{**SMALL, "ratio": plain.ratios})
+    model.compile(backend=backend)
     model(x).backward()
-    assert budget.backend is not None
-    assert budget.backend.ledger.count("exact") < 3
-    assert not budget.step(x)  # not due
-    assert not budget.step(x)  # due, and nothing has changed
+    assert backend.ledger.count("exact") < 3
+    assert calibrate(model, [x], noise=0.3, **SMALL) == plain
+    (wrapped,) = [layer for layer in plain.layers if layer.modules == ("c",)]
     with torch.no_grad():
         model.c.weight.mul_(torch.logspace(-3, 1, 32)[:, None])
-    assert not budget.step(x)
-    others = [budget.step(batch_of(seed=s, length=64)) for s in range(8)]
-    assert sum(others) <= 1
-    assert budget.left == 1 - sum(others)
+    (changed,) = [layer for layer in calibrate(model, [x], noise=0.3, **SMALL).layers if layer.modules == ("c",)]
+    assert changed != wrapped  # (it sees the weights as they are)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +287,6 @@ def test_bad_batches() -> None:
         calibrate(Net(), [batch_of(sequences=1)], **SMALL)
     with pytest.raises(ReportError, match="nothing is sampled"):
         calibrate(Net(), [batch_of()], **{**SMALL, "min_rows": 10_000})
-    with pytest.raises(ValueError, match="every=0: expected an integer of at least 1"):
-        NoiseBudget(Net(), every=0)
 
 
 @pytest.mark.parametrize("ratio", [{}, {"a": 0.0}, {"a": "x"}, {1: 0.5}, {"a": True}, "auto:3"])

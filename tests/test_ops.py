@@ -31,6 +31,12 @@ def test_opcheck_split_seeds(n):
     opcheck(ops.split_seeds.default, (torch.arange(n),))
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0] * 5)])
+def test_opcheck_principal_directions(weight):
+    x = torch.randn(10, 16)
+    opcheck(ops.principal_directions.default, (x, x.mean(0, keepdim=True), weight, 2))
+
+
 def test_opcheck_draw_seed_of_its_own_generator():
     """Without the test that compares two calls: opcheck holds torch's generator still for it, and knows no other."""
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")

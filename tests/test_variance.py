@@ -142,7 +142,7 @@ def test_results_are_kept_and_read_again(tmp_path, monkeypatch, capsys):
     assert set(result["layers"]) == {"x.layer.0"}
     text = (tmp_path / "variance.md").read_text()
     assert text in capsys.readouterr().out
-    assert "25 % padding, 32 rows, 1 layers" in text
+    assert "25 % padding, 32 rows, 1 layers, 8 draws" in text
     base, ours = (variance.medians(result)[f"{n}/sample/0.3/rows/16"] for n in ("wta_crs", "systematic"))
     assert f"{ours / base:.3f}" in text
     # Known padding leaves more draws to the other rows.

@@ -14,7 +14,6 @@ from wtacrs_fx.errors import BudgetError, InvariantError, ReportError, WtacrsWar
 from wtacrs_fx.frontier import Frontier, frontier
 from wtacrs_fx.joint import rewrite_joint
 from wtacrs_fx.ledger import Ledger
-from wtacrs_fx.noise_budget import NoiseBudget
 from wtacrs_fx.norm_cache import SampleNorms
 from wtacrs_fx.norm_state import norms_of
 from wtacrs_fx.norms import NormSource, PositionNorms, Rows
@@ -31,7 +30,6 @@ __all__ = [
     "Frontier",
     "InvariantError",
     "Ledger",
-    "NoiseBudget",
     "NormSource",
     "PositionNorms",
     "ReportError",

@@ -92,6 +92,13 @@ class Config:
         "over the input in the forward and over the gradient in the backward). Less noise where all rows have much in common. "
         "The mean is that of rows that are no padding, where `padding` tells them.",
     )
+    directions: int = _option(
+        0,
+        "Of a linear layer's input, as many principal directions beside the mean whose part of the weight gradient is computed "
+        "exactly, like that of the mean with `center_rows`; only what is left of the rows is sampled. Held for it are as many "
+        "bytes a row, and as many columns of the product are exact, an eighth of them at most. 16 take a half to three "
+        "quarters of the noise away. 0: none.",
+    )
     min_rows: int = _option(128, "Products over fewer rows than this stay exact. Rows.")
     min_bytes: int = _option(65536, "Inputs smaller than this stay exact. Bytes.")
     include: tuple[str, ...] = _option(
@@ -186,6 +193,7 @@ class Config:
         check_row_bits(self.row_bits, self.ratio, ROW_BITS)
         check_budget(self.memory_budget)
         check_seed(self.seed)
+        check_number("directions", self.directions, int, lambda n: n >= 0, "an integer >= 0 (16 is a good number)")
         check_flags(self)
 
     def exact(self) -> "Config":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.directions import limit
 from wtacrs_fx.norms import NormSource, Rows, floored
 from wtacrs_fx.sample_ids import given
 from wtacrs_fx.tracing import Batch
@@ -45,10 +46,20 @@ class Guess:
         excluded = any(fnmatch.fnmatchcase(m, p) for m in modules for p in self.config.padding_exclude)
         return None if excluded or self._mask is None or self._mask.numel() != rows else self._mask
 
-    def mean(self, h: Tensor, modules: Sequence[str]) -> Tensor:
-        """The mean row [1, D] of an input, rows of padding left out."""
+    def rest(self, h: Tensor, modules: Sequence[str]) -> Tensor:
+        """What is sampled of a float32 input [M, D]: the rest without the mean row (rows of padding left out) and the principal
+        directions, where the options ask for that."""
+        directions = limit(self.config.directions, h.shape[1])
+        if not (self.config.center_rows or directions):
+            return h
         mask = self.mask(modules, len(h))
-        return h.mean(0, keepdim=True) if mask is None else h[mask].mean(0, keepdim=True).nan_to_num()
+        mean = h.mean(0, keepdim=True) if mask is None else h[mask].mean(0, keepdim=True).nan_to_num()
+        rest = h - mean
+        if directions:
+            weight = None if mask is None else mask.to(h.dtype)
+            basis = torch.ops.wtacrs.principal_directions(h, mean, weight, directions)
+            rest = rest - rest @ basis.T @ basis
+        return rest
 
     def squared_norms(self, key: str, squares: Tensor, modules: Sequence[str]) -> Tensor | None:
         """What is known of the squared norms of a site's gradient rows [M] before they are ``squares``; None: nothing."""

@@ -48,9 +48,7 @@ class _Products:
         self.found.append((g_squares, guess.squared_norms(key, g_squares, draw.modules)))
         if len(self.found) < len(self.keys):
             return
-        h = h.float()
-        if config.center_rows:
-            h = h - guess.mean(h, draw.modules)
+        h = guess.rest(h.float(), draw.modules)
         h_squares = h.square().sum(1, dtype=torch.float64)
         early = guess.importance(h_squares.sqrt(), self.found, draw.modules)
         for known, _ in self.found:
