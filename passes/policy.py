@@ -27,6 +27,10 @@ MIN_LATE_WIDTH = 128
 ALL_ROWS = "ratio 1 keeps every row"
 NO_RATIO = "ratio has no pattern for it"
 
+_SAME_MEMORY = (aten._unsafe_view.default, prims.inductor_force_stride_order.default)
+"""Operations that return what they are given, though they do not say so (the second one where the strides are asked for that
+are there)."""
+
 REARRANGED = "wtacrs_rearranged"
 """Key in ``meta`` of a tensor that holds the numbers of another one in another order; the value is that node."""
 
@@ -252,7 +256,7 @@ def is_view(node: Node) -> bool:
     if schema is None or not schema.arguments:
         return False
     info = schema.arguments[0].alias_info
-    return (info is not None and not info.is_write) or node.target is torch.ops.aten._unsafe_view.default
+    return (info is not None and not info.is_write) or node.target in _SAME_MEMORY
 
 
 def _early_reason(config: Config) -> str:

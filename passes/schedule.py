@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.passes.kinds import draws, is_tangent
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
+from wtacrs_fx.passes.unfold import find_late_sums
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,21 @@ class JointOrder:
         self.after_tangents = [u for t in graph.find_nodes(op="placeholder") if is_tangent(t) for u in t.users]
         self._inputs = {n: n.all_input_nodes for n in graph.nodes}
         self._in_memory = {n for n in graph.nodes if n.op != "call_function" or _drawn(n)}
+        self._late = {n for late in find_late_sums(graph) if not late.shrinks for n in late.chain}
 
     def backward(self, saved: Collection[Node]) -> Backward:
         """The backward for these saved view bases: everything else that it reads is computed again from them, just in time.
 
         Placeholders are in memory. The order is the partitioner's, which follows autograd: the joint graph's own order from
-        the first reader of a tangent on, with what has to be recomputed right in front of its first reader.
+        the first reader of a tangent on, with what has to be recomputed right in front of its first reader (and products that
+        run where they are added to something, see :mod:`wtacrs_fx.passes.unfold`).
         """
         needed, reads = self._closure(saved)
         start = min((self.position[u] for u in self.after_tangents if u in needed), default=0)
         done: set[Node] = set()
         result: list[Node] = []
         for node in sorted(needed, key=self.position.__getitem__):
-            if self.position[node] >= start and node not in done:
+            if self.position[node] >= start and node not in done and node not in self._late:
                 if not needed.intersection(self._inputs[node]) <= done:
                     recomputed = pending(node, needed, done, self.position)
                     done.update(recomputed)

@@ -1,4 +1,4 @@
-"""Let a product run where it is, not where its result is added to a later one.
+"""Let a product run where it is, not where its result is added to a later one; or keep the little that it reads until then.
 
 Inductor turns ``add(mm(A, B), X)`` into one ``addmm(X, A, B)``, which runs once X is there. For a weight that is used twice
 (an embedding tied to the output head) X is the last gradient of the backward, and A, the gradient of the logits, would stay
@@ -10,56 +10,119 @@ Before::
     ...
     add: "f32[V, D]" = aten.add(mm, X)
 
-After (equal to the bit, since -(-x) = x)::
+After, where the product is smaller than A and B (equal to the bit, since -(-x) = x)::
 
     mm: "f32[V, D]" = aten.mm(A, B)
     ...
     neg: "f32[V, D]" = aten.neg(mm)
     sub: "f32[V, D]" = aten.sub(X, neg)
+
+After, where A and B are smaller, such as rows of a sampled head: the product moves to its sum, where Inductor runs it anyway.
+And since Inductor computes what a library call reads no earlier than the call, and would keep all rows until then, the chosen
+rows are written to memory where the graph chooses them (``inductor_force_stride_order`` asks for the strides that they have)::
+
+    A = aten.index(grad_logits, [rows])
+    pin: "f32[k, V]" = prims.inductor_force_stride_order(A, [V, 1])
+    ...
+    mm: "f32[V, D]" = aten.mm(pin.T, B)
+    add: "f32[V, D]" = aten.add(mm, X)
 """
+
+from typing import NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import flops
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.kernels import buffer_bytes
+from wtacrs_fx.passes.kernels import buffer_bytes, is_library_call
 from wtacrs_fx.passes.policy import view_base
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+class LateSum(NamedTuple):
+    """A sum of a product and something that is known much later: another node with FLOPs runs in between."""
+
+    add: Node
+    operand: Node
+    """The product, or a view of it, as the sum reads it."""
+    chain: tuple[Node, ...]
+    """From the product to ``operand``."""
+
+    @property
+    def product(self) -> Node:
+        return self.chain[0]
+
+    @property
+    def reads(self) -> list[Node]:
+        """View bases of the product's factors."""
+        return [view_base(n) for n in self.product.all_input_nodes]
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the product takes less memory than its factors."""
+        return buffer_bytes(self.product) < sum(map(buffer_bytes, self.reads))
+
+
+def find_late_sums(graph: Graph) -> list[LateSum]:
+    """In graph order. Nothing else reads the products."""
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    busy = [position[n] for n in graph.nodes if flops(n)]
+    found = []
+    for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if add.kwargs or not all(isinstance(a, Node) for a in add.args):  # a factor, or a number
+            continue
+        sums = (LateSum(add, a, chain) for a in add.args if (chain := _chain(a)))
+        late = (s for s in sums if any(position[s.product] < i < position[add] for i in busy))
+        found += [s for s in [next(late, None)] if s is not None]
+    return found
 
 
 def unfold_late_sums(graph: Graph) -> int:
-    """Rewrite sums of a product and something that is known much later: another node with FLOPs runs in between, and the
-    product's result is smaller than what it reads. Returns how many."""
-    position = {n: i for i, n in enumerate(graph.nodes)}
-    busy = [position[n] for n in graph.nodes if flops(n)]
-    count = 0
-    for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        if add.kwargs:  # a factor
-            continue
-        early = next((a for a in add.args if isinstance(a, Node) and _is_waiting(a, add, position, busy)), None)
-        if early is None:
-            continue
-        other = add.args[1] if add.args[0] is early else add.args[0]
-        with graph.inserting_before(add):
-            emit = Emitter(graph, add)
-            result = emit(aten.sub.Tensor, other, emit(aten.neg.default, early))
-        add.replace_all_uses_with(result)
-        graph.erase_node(add)
-        count += 1
-    return count
+    """Rewrite late sums. Returns how many of them were unfolded; products of others have moved to their sums."""
+    sums = find_late_sums(graph)
+    unfolded = 0
+    for late in sums:
+        if late.shrinks:
+            _unfold(graph, late)
+            unfolded += 1
+        else:
+            for factor in dict.fromkeys(late.reads):
+                _write_in_place(graph, factor)
+            for node in late.chain:
+                late.add.prepend(node)
+    return unfolded
 
 
-def _is_waiting(operand: Node, add: Node, position: dict[Node, int], busy: list[int]) -> bool:
-    """Whether the operand is a product, or a view of one, that nothing else reads."""
-    product = view_base(operand)
-    if product.target is not aten.mm.default or not all(isinstance(a, Node) for a in add.args):
-        return False
-    while operand is not product and len(operand.users) == 1:
-        operand = operand.all_input_nodes[0]
-    if operand is not product or len(product.users) != 1:
-        return False
-    if not any(position[product] < i < position[add] for i in busy):
-        return False
-    return buffer_bytes(product) < sum(buffer_bytes(view_base(n)) for n in product.all_input_nodes)
+def _unfold(graph: Graph, late: LateSum) -> None:
+    add = late.add
+    other = add.args[1] if add.args[0] is late.operand else add.args[0]
+    with graph.inserting_before(add):
+        emit = Emitter(graph, add)
+        result = emit(aten.sub.Tensor, other, emit(aten.neg.default, late.operand))
+    add.replace_all_uses_with(result)
+    graph.erase_node(add)
+
+
+def _write_in_place(graph: Graph, factor: Node) -> None:
+    """Let Inductor write a value to memory where the graph computes it."""
+    if factor.op != "call_function" or is_library_call(factor):
+        return  # it is there
+    strides = factor.meta["val"].stride()
+    if not all(isinstance(s, int) for s in strides):
+        return
+    with graph.inserting_after(factor):
+        pin = Emitter(graph, factor)(prims.inductor_force_stride_order.default, factor, list(strides))
+    factor.replace_all_uses_with(pin, delete_user_cb=lambda user: user is not pin)
+
+
+def _chain(operand: Node) -> tuple[Node, ...]:
+    """From a product that nothing else reads to the operand, which is the product or a view of it; else empty."""
+    product, chain = view_base(operand), [operand]
+    if product.target is not aten.mm.default:
+        return ()
+    while chain[0] is not product and len(chain[0].users) == 1:
+        chain.insert(0, chain[0].all_input_nodes[0])
+    alone = chain[0] is product and len(product.users) == 1
+    return tuple(chain) if alone else ()
