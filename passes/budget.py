@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -214,16 +214,17 @@ def report_miss(reached: Prediction, held: int, exact: Prediction, config: Confi
     warnings.warn(f"wtacrs: {message} This least peak is used.", WtacrsWarning, stacklevel=2)
 
 
-def parts(plan: Plan) -> list[Part]:
-    """The plan's choices for the ledger."""
+def parts(plan: Plan, reasons: Sequence[str]) -> list[Part]:
+    """The plan's choices for the ledger, each with its reason."""
     result = []
-    for choice in plan.choices:
+    for choice, reason in zip(plan.choices, reasons, strict=True):
         result.append(
             Part(
                 name=choice.segment.name,
                 decision="recompute" if choice.recomputed else "keep",
                 kept=tuple(n.name for n in choice.kept),
                 flops_added=sum(flops(n) for n in choice.recomputed & plan.again),
+                reason=reason,
             )
         )
     return result

@@ -8,6 +8,7 @@ from wtacrs_fx.passes.budget import NO_GAIN, Goal, no_larger, report_miss
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import Action
+from wtacrs_fx.passes.reasons import part_reasons
 from wtacrs_fx.passes.sample import Sampled
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def finish(work: "Work", planner: Planner, plan: Plan, goal: Goal) -> "Work":
     tried: list[tuple[float, Work]] = []
     for _ in range(REPLANS):
         attempt = copy.copy(work)
-        attempt.recompute_as(plan)
+        attempt.recompute_as(plan, part_reasons(planner, plan, goal))
         attempt.settle_sites()
         if plan.rounded:
             attempt.round_saved({n.name for n in plan.rounded})

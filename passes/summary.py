@@ -38,6 +38,6 @@ def ledger_of(work: Work) -> Ledger:
         compressed=(*rounded_entries(work.roundings, work.done.rounded), *packed_entries(work.packed)),
         predicted_exact=work.prediction,
         predicted=work.predicted(),
-        parts=tuple(parts(work.recomputation)) if work.recomputation else (),
+        parts=tuple(parts(work.recomputation, work.reasons)) if work.recomputation else (),
         recomputed=len(work.recomputed),
     )

@@ -56,6 +56,8 @@ class Work:
     plan: list[Decision]
     done: Sampled = field(default_factory=Sampled)
     recomputation: Plan | None = None
+    reasons: Sequence[str] = ()
+    """For the plan's choices."""
     recomputed: set[Node] = field(default_factory=set)
     starts: dict[Node, str] = field(default_factory=dict)
     """Tensors from which recomputation starts, and what for."""
@@ -225,10 +227,10 @@ class Work:
             self.known = self.best, predict(self.best, self.in_memory, self.device, self._options(ordered))
         return self.known[1]
 
-    def recompute_as(self, plan: Plan) -> None:
-        """From now on recompute what a plan says."""
+    def recompute_as(self, plan: Plan, reasons: Sequence[str]) -> None:
+        """From now on recompute what a plan says, for these reasons."""
         by_name = {n.name: n for n in self.joint.graph.nodes}
-        self.recomputation = plan
+        self.recomputation, self.reasons = plan, reasons
         self.recomputed = self.users | {by_name[n.name] for n in plan.recomputed if n.name in by_name}
         self.starts = {by_name[n.name]: why for n, why in plan.starts.items() if n.name in by_name}
 

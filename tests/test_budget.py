@@ -251,6 +251,7 @@ def test_ledger_of_a_plan():
     text = ledger.table()
     assert "recompute" in text
     assert "predicted peak" in text
+    assert all(p.reason and p.reason in text for p in ledger.parts)
     assert "blocks.1" in text
     assert re.search(r"FLOPs \d\.\d\dx \(recomputed \+0\.\d\d, sampled -0\.\d\d\)", text)
     weights = [e for e in ledger.entries if e.decision != "exact"]

@@ -112,6 +112,7 @@ class Part:
     """Tensors of a recomputed segment that are saved all the same."""
     flops_added: int
     """Of its matrix products that the backward runs again."""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,10 @@ class Ledger:
         if self.compressed:
             text += "\n\n" + ledger_tables.compressed_table(self.compressed)
         if self.parts:
-            lines = [(p.name, p.decision, f"{p.flops_added / 1e9:.2f}", ", ".join(p.kept)) for p in self.parts]
-            titles = ("segment of the forward", "in the backward", "GFLOPs added", "tensors saved inside")
+            lines = [
+                (p.name, p.decision, f"{p.flops_added / 1e9:.2f}", ", ".join(p.kept), p.reason) for p in self.parts
+            ]
+            titles = ("segment of the forward", "in the backward", "GFLOPs added", "tensors saved inside", "reason")
             text += "\n\n" + tabulate(lines, titles, disable_numparse=True)
         return f"{text}\n{self.summary()}"
 
