@@ -12,10 +12,11 @@ def part_reasons(planner: Planner, plan: Plan, goal: Goal) -> list[str]:
     """One reason per choice of the plan, from what the planner knows of the segment's other choices. Times are given as shares
     of the predicted step: only ratios of predicted times mean anything."""
     if plan is planner.keep:
-        fits = plan.peak <= goal.peak < math.inf
-        return ["the budget is met without more" if fits else "no plan that recomputes it is better"] * len(
-            plan.choices
-        )
+        if goal.peak == math.inf:
+            reason = "no plan that recomputes something has a lower peak and is as fast as exact training"
+        else:
+            reason = "the budget is met without more" if plan.peak <= goal.peak else "no plan has a lower peak"
+        return [reason] * len(plan.choices)
     table = _table_of(planner, plan)
     return [_reason(choice, row, plan, goal) for choice, row in zip(plan.choices, table)]
 
