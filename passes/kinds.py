@@ -8,6 +8,9 @@ from torch.fx import Graph, Node
 
 from wtacrs_fx.private import OpOverload, inductor_prims  # noqa: F401  (registers torch.ops.prims.inductor_random and its seeds)
 
+PINNED = "wtacrs_pinned"
+"""Key in ``meta`` of a node that asks for the strides that a tensor has, and so returns that tensor."""
+
 
 class Kind(IntEnum):
     """What a value depends on. A node has the largest kind among its inputs."""

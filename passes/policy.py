@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from wtacrs_fx.config import Config
-from wtacrs_fx.passes.kinds import Kind
+from wtacrs_fx.passes.kinds import PINNED, Kind
 from wtacrs_fx.passes.sites import Site
 from wtacrs_fx.rounding import Format, written_bytes
 
@@ -26,10 +26,6 @@ MIN_LATE_WIDTH = 128
 
 ALL_ROWS = "ratio 1 keeps every row"
 NO_RATIO = "ratio has no pattern for it"
-
-_SAME_MEMORY = (aten._unsafe_view.default, prims.inductor_force_stride_order.default)
-"""Operations that return what they are given, though they do not say so (the second one where the strides are asked for that
-are there)."""
 
 REARRANGED = "wtacrs_rearranged"
 """Key in ``meta`` of a tensor that holds the numbers of another one in another order; the value is that node."""
@@ -256,7 +252,7 @@ def is_view(node: Node) -> bool:
     if schema is None or not schema.arguments:
         return False
     info = schema.arguments[0].alias_info
-    return (info is not None and not info.is_write) or node.target in _SAME_MEMORY
+    return (info is not None and not info.is_write) or node.target is aten._unsafe_view.default or PINNED in node.meta
 
 
 def _early_reason(config: Config) -> str:

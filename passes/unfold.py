@@ -36,6 +36,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.passes.cost import flops
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.kernels import buffer_bytes, is_library_call
+from wtacrs_fx.passes.kinds import PINNED
 from wtacrs_fx.passes.policy import view_base
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -114,6 +115,7 @@ def _write_in_place(graph: Graph, factor: Node) -> None:
         return
     with graph.inserting_after(factor):
         pin = Emitter(graph, factor)(prims.inductor_force_stride_order.default, factor, list(strides))
+    pin.meta[PINNED] = True
     factor.replace_all_uses_with(pin, delete_user_cb=lambda user: user is not pin)
 
 
