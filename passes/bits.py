@@ -17,7 +17,7 @@ from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounding
 from wtacrs_fx.passes.sites import module_of
 from wtacrs_fx.private import OpOverload
-from wtacrs_fx.rounding import Format
+from wtacrs_fx.rounding import BITS, Format
 
 aten = torch.ops.aten
 
@@ -42,6 +42,9 @@ class Substitute:
     """Saved tensors that the backward computes its factors from without."""
     noise: float = 0.0
     """As of :class:`wtacrs_fx.passes.round.Rounding`."""
+    bits: int = 8
+    finer: "Substitute | None" = None
+    """The same in twice the bits, if those are possible and take less than the tensor."""
 
 
 def substitutes(
@@ -62,8 +65,15 @@ def substitutes(
             frozenset(nodes[n.name] for n in found if n.name in nodes) for found in (replaced, sources(r, saved))
         )
         if r.tensor.name in nodes:
-            result.append(Substitute(nodes[r.tensor.name], r.bytes, here, before, r.noise))
+            result.append(_substitute(r, nodes[r.tensor.name], here, before))
     return result
+
+
+def _substitute(rounding: Rounding, tensor: Node, replaced: frozenset[Node], before: frozenset[Node]) -> Substitute:
+    bits, finer = rounding.form.bits, None
+    if 2 * bits in BITS and rounding.at(2 * bits).bytes < buffer_bytes(tensor):
+        finer = _substitute(rounding.at(2 * bits), tensor, replaced, before)
+    return Substitute(tensor, rounding.bytes, replaced, before, rounding.noise, bits, finer)
 
 
 def rows_or_bits(plan: Sequence[Decision], config: Config) -> list[Decision]:
@@ -170,8 +180,8 @@ def _form(shared: Shared, config: Config) -> Format:
     assert config.round_bits is not None
     attention = _is_attention(shared.root) or any(_is_attention(f.reader) for f in shared.factors)
     if attention or any(map(_is_normalised, shared.factors)):
-        return Format(min(8, 2 * config.round_bits))
-    form = Format(config.round_bits)
+        return Format(min(8, 2 * config.round_bits), scale_bits=16)
+    form = Format(config.round_bits, scale_bits=16)
     operation = shared.tensor.meta.get("original_aten")
     limits = _RANGES.get(operation) if operation else None
     if limits is None or shared.tensor.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):
@@ -180,7 +190,7 @@ def _form(shared: Shared, config: Config) -> Format:
         whole = factor.operand is shared.tensor and factor.reader.target is aten.mul.Tensor
         if not whole or factor.reader.meta.get("original_aten") is not operation:
             return form
-    return replace(form, low=limits[0], high=limits[1])
+    return Format(form.bits, *limits)
 
 
 def _is_normalised(factor: Factor) -> bool:

@@ -59,6 +59,12 @@ class Format:
         """Steps of the grid."""
         return 2**self.bits - 1
 
+    @property
+    def noise(self) -> float:
+        """Mean squared error of a value in squares of its group's range: s^2 / 6 for a step s, of a value anywhere between
+        two points of the grid."""
+        return 1 / (6 * self.levels**2)
+
     def groups(self, width: int) -> int:
         """Into how many groups a row of ``width`` values is cut."""
         return width // GROUP if width and width % GROUP == 0 else 1
