@@ -46,13 +46,13 @@ def recomputes(ledger: Ledger) -> bool:
     return any(p.decision == "recompute" for p in ledger.parts)
 
 
-def test_nothing_is_recomputed_where_rounding_meets_the_budget():
+def test_less_is_recomputed_where_rounding_meets_the_budget():
     _, alone, _ = step(round_bits=8)
-    budget = share(alone) + 0.05
+    budget = share(alone) + 0.03
     _, exact, _ = step(memory_budget=budget)
     found, both, _ = step(memory_budget=budget, round_bits=8)
     assert recomputes(exact)
-    assert not recomputes(both)
+    assert both.flops_added < 0.5 * exact.flops_added
     assert rounded(both)
     assert share(both) <= budget
     assert both.predicted.seconds <= exact.predicted.seconds

@@ -38,7 +38,8 @@ class Format:
         low, high: the range of the values where it is known beforehand; otherwise that of each group is measured.
         scale_bits: 32, or 16: of the lowest value and of the step that are written for each group. In 16 bits (bfloat16) the
             lowest value is rounded downwards and the step upwards, so that the grid still covers the group and the mean stays
-            exact: steps are up to 1.2 % longer where a group holds both signs, more where its values are nearly equal.
+            exact: steps are up to 1.2 % longer where a group holds both signs, more where its values are nearly equal. Groups
+            of one or two values are then not exact: the error is below one step, as for others.
     """
 
     bits: int
