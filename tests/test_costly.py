@@ -117,3 +117,29 @@ def test_short_sums_are_no_reductions(shape, dim, loop):
     graph = traced(lambda x: (x.sum(dim),), torch.randn(shape)).graph
     (node,) = graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)
     assert is_reduction(node) is loop
+
+
+class Halves(nn.Module):
+    """Two halves of one product, each in few bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = nn.Linear(128, 256), nn.Linear(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.both(x).chunk(2, dim=-1)
+        return self.out(a * b).square().mean()
+
+
+def test_views_of_one_tensor_are_one_line():
+    """The ledger's line of a tensor has the codes of all of its parts, and says so."""
+    torch.manual_seed(0)
+    model, x = Halves(), torch.randn(256, 128)
+    recorder = Recorder(ratio=1.0, min_bytes=0, min_rows=1, memory_budget=None, inner="eager", round_bits=8)
+    torch._dynamo.reset()
+    gradients(model, x, call=torch.compile(model, backend=recorder))
+    ledger = recorder.ledger
+    assert sum(t.bytes_now for t in ledger.tensors) == ledger.saved_bytes
+    assert len([c for c in ledger.compressed if c.bits == 8]) >= 3, ledger.table()
+    reasons = {t.reason for t in ledger.tensors if t.bytes_now}
+    assert "saved to compute others again" not in reasons, ledger.table("tensor")
