@@ -73,7 +73,7 @@ class Facts:
         self.base = functools.cache(view_base)
         self.bytes = functools.cache(buffer_bytes)
         self.library = functools.cache(is_library_call)
-        self.reduction = functools.cache(lambda node: node.target in REDUCTIONS)
+        self.reduction = functools.cache(is_reduction)
         self.costly = functools.cache(is_costly)
         self.flops = functools.cache(flops)
         self.inputs = functools.cache(self._inputs)
@@ -109,6 +109,19 @@ class Facts:
         """Predicted run time of a kernel."""
         moved = kernel.size + sum(map(self.bytes, kernel.reads))
         return roofline.seconds(self.flops(kernel.node), moved, launches(kernel.node))
+
+
+def is_reduction(node: Node) -> bool:
+    """Whether Inductor computes the node by a loop over what it sums. Below its threshold (the codes of one byte) it writes the
+    sum out, as a pointwise operation."""
+    if node.target not in REDUCTIONS:
+        return False
+    source, value = node.args[0], node.meta["val"]
+    if not isinstance(source, Node) or not isinstance(value, torch.Tensor):
+        return True
+    results = hint(value.numel())
+    of_each = hint(source.meta["val"].numel()) / max(1, results)
+    return results == 1 or of_each >= inductor_config.unroll_reductions_threshold
 
 
 def is_library_call(node: Node) -> bool:

@@ -2,13 +2,15 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wtacrs_fx.passes.budget import NO_GAIN, Goal, no_larger, report_miss
+from wtacrs_fx.passes.finer import finer
 from wtacrs_fx.passes.planner import Planner
-from wtacrs_fx.passes.plans import Plan
+from wtacrs_fx.passes.plans import CLOSE, Plan
 from wtacrs_fx.passes.policy import Action
-from wtacrs_fx.passes.reasons import part_reasons
+from wtacrs_fx.passes.reasons import part_reasons, reasons_for_more_bits
 from wtacrs_fx.passes.sample import Sampled
 
 if TYPE_CHECKING:
@@ -48,21 +50,51 @@ def meet_budget(work: "Work") -> "Work":
 
 def finish(work: "Work", planner: Planner, plan: Plan, goal: Goal) -> "Work":
     """Do as planned, cut, and look at the result, to which settled sites and the cut itself have added. Where it misses
-    the budget, plan again for less, by as much as the result differs from its plan."""
+    the budget, plan again for less, by as much as the result differs from its plan. Where it does not, see whether the budget
+    leaves room for more bits."""
     least = planner.least_peak(math.inf)
     tried: list[tuple[float, Work]] = []
     for _ in range(REPLANS):
-        attempt = copy.copy(work)
-        attempt.recompute_as(plan, part_reasons(planner, plan, goal))
-        attempt.settle_sites()
-        if plan.rounded:
-            attempt.round_saved({n.name for n in plan.rounded})
+        reasons = part_reasons(planner, plan, goal)
+        attempt = carry_out(work, plan, reasons)
         reached = attempt.predicted()
         tried.append((goal.missed_by(reached), attempt))
-        if tried[-1][0] <= 0 or plan is least:
+        if tried[-1][0] <= 0:
+            return with_more_bits(work, planner, plan, attempt, goal)
+        if plan is least:
             break
         plan = goal.after(plan, reached).plan(planner) or least
     return min(tried, key=lambda t: t[0])[1]
+
+
+def carry_out(work: "Work", plan: Plan, reasons: Sequence[str]) -> "Work":
+    """Cut as planned, for one reason per choice."""
+    attempt = copy.copy(work)
+    attempt.recompute_as(plan, reasons)
+    attempt.settle_sites()
+    if plan.rounded:
+        attempt.round_saved({n.name: bits for n, bits in plan.rounded.items()})
+    return attempt
+
+
+def with_more_bits(work: "Work", planner: Planner, plan: Plan, attempt: "Work", goal: Goal) -> "Work":
+    """The attempt at a plan that meets the budget; or one in which some tensors have more bits or are kept as they are, if
+    that meets it too and is less noisy. What a budget asks to be least may become larger by :data:`CLOSE`."""
+    reached = attempt.predicted()
+    limit = Goal(
+        peak=goal.peak if goal.peak < math.inf else CLOSE * reached.peak,
+        seconds=goal.seconds if goal.seconds < math.inf else CLOSE * reached.seconds,
+    )
+    planned = limit.after(plan, reached)
+    if not plan.rounded:
+        return attempt
+    quieter = finer(plan, lambda p: planned.missed_by(p) <= 0, planner.simulate)
+    if quieter is plan:
+        return attempt
+    other = carry_out(work, quieter, reasons_for_more_bits(attempt.reasons, plan, quieter))
+    before, after = ({r.tensor: r.form.bits for r in w.roundings} for w in (attempt, other))
+    other.spared = sum(bits > before.get(t, bits) for t, bits in after.items()), len(before.keys() - after.keys())
+    return other if limit.missed_by(other.predicted()) <= 0 and other.noise() < attempt.noise() else attempt
 
 
 def exactly(work: "Work") -> "Work":

@@ -20,7 +20,19 @@ def notes_of(work: Work) -> tuple[str, ...]:
     handed = set(gradient_outputs(graph, work.num_fwd_outputs, primals(graph)).values())
     measured = ("noise is measured in this version of the graph; the ledger of the next one has the ratios chosen",)
     first = measured if work.config.measures else ()
-    return (*first, *size_notes(graph), *crossing(work.plan, {n.name for n in handed}), *wasted_casts(work.plan))
+    crossed = crossing(work.plan, {n.name for n in handed})
+    return (*first, *size_notes(graph), *crossed, *wasted_casts(work.plan), *spared(work))
+
+
+def spared(work: Work) -> tuple[str, ...]:
+    """Tensors for which the memory budget leaves more than the bits that were asked for."""
+    more, whole = work.spared
+    if not more and not whole:
+        return ()
+    return (
+        f"the memory budget has room for more than round_bits={work.config.round_bits}: {more} rounded tensors have more bits "
+        f"than that asks for, {whole} are kept as they are",
+    )
 
 
 def crossing(plan: Sequence[Decision], with_gradient: set[str]) -> tuple[str, ...]:

@@ -124,8 +124,8 @@ class Planner:
     def _forward(self, choices: Sequence[Choice], given: Collection[Node]) -> tuple[Timeline, int]:
         """The forward's timeline, and its peak: with the codes of each rounded tensor from where it is made, and the tensor
         itself until its last reader there."""
-        codes = {s: self.position[n] for n, found in self.substitutes.items() for s in found}
-        made = [(codes[s], s.bytes) for c in choices for s in c.rounded]
+        codes = {s.tensor: self.position[n] for n, found in self.substitutes.items() for s in found}
+        made = [(codes[s.tensor], s.bytes) for c in choices for s in c.rounded]
         whole = handed_on(choices) | {view_base(n) for c in choices for n in c.kept}
         gone = {view_base(s.tensor) for c in choices for s in c.rounded} - whole
         returned = self.outputs | (set(given) - gone)

@@ -66,9 +66,9 @@ class Plan:
         return frozenset().union(*(c.recomputed for c in self.choices))
 
     @property
-    def rounded(self) -> frozenset[Node]:
-        """Tensors that are kept in few bits."""
-        return frozenset(s.tensor for c in self.choices for s in c.rounded)
+    def rounded(self) -> dict[Node, int]:
+        """Tensors that are kept in few bits, and in how many."""
+        return {s.tensor: s.bits for c in self.choices for s in c.rounded}
 
     @property
     def noise(self) -> float:

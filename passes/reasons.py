@@ -1,6 +1,7 @@
 """Why a plan keeps or recomputes each segment of the forward, in words for the ledger."""
 
 import math
+from collections.abc import Sequence
 
 from wtacrs_fx.passes.budget import Goal
 from wtacrs_fx.passes.planner import SIZES, Planner
@@ -19,6 +20,17 @@ def part_reasons(planner: Planner, plan: Plan, goal: Goal) -> list[str]:
         return [reason] * len(plan.choices)
     table = _table_of(planner, plan)
     return [_reason(choice, row, plan, goal) for choice, row in zip(plan.choices, table)]
+
+
+def reasons_for_more_bits(reasons: Sequence[str], plan: Plan, finer: Plan) -> list[str]:
+    """The reasons of a plan for one with the same segments in which some tensors have more bits, or are kept as they are."""
+    result = []
+    for reason, before, after in zip(reasons, plan.choices, finer.choices):
+        room = f"the budget has room for {'more bits' if after.rounded else 'all bits'}"
+        if before.rounded != after.rounded:
+            reason = f"{reason}; {room}" if before.recomputed else room
+        result.append(reason)
+    return result
 
 
 def _table_of(planner: Planner, plan: Plan) -> Table:

@@ -55,8 +55,12 @@ class Rounding:
 
     @property
     def noise(self) -> float:
-        """Mean squared error of the tensor, summed over its elements, in squares of its range: s^2 / 6 for a step s."""
-        return math.prod(self.shape) / (6 * self.form.levels**2)
+        """Mean squared error of the tensor, summed over its elements, in squares of its range."""
+        return math.prod(self.shape) * self.form.noise
+
+    def at(self, bits: int) -> "Rounding":
+        """The same in other bits."""
+        return replace(self, form=replace(self.form, bits=bits))
 
     def without(self, readers: Collection[Node]) -> "Rounding":
         """The same for other readers only."""

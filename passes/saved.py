@@ -49,7 +49,7 @@ def saved_list(
     """
     fewer = {view_base(c.tensor).name: c for c in compressed}
     whole = {name: view_base(c.tensor) for name, c in fewer.items()} | {d.base.name: d.base for d in plan}
-    owner = {n.name: name for name, c in fewer.items() for n in c.written}
+    owner = {n.name: view_base(c.tensor).name for c in compressed for n in c.written}  # (of one tensor several views)
     owner |= {n.name: base for n, base in _stand_ins(plan, done)}
     sampled = set(owner.values())
     products = {d.site.node.name for d in plan}

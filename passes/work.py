@@ -1,7 +1,7 @@
 """One joint graph on its way to a partition: what was found in it, the best cut so far, and the next attempt."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
@@ -15,6 +15,7 @@ from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, sub
 from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, memory_options, predict, roofline_of
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
+from wtacrs_fx.passes.costly import spread_costly
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_partition
@@ -63,6 +64,9 @@ class Work:
     """Tensors from which recomputation starts, and what for."""
     uncut: Uncut | None = None
     roundings: list[Rounding] = field(default_factory=list)
+    spared: tuple[int, int] = (0, 0)
+    """Tensors that have more bits than the options ask for, and tensors that are kept as they are, since the memory budget has
+    room for them."""
     packed: list[Packed] = field(default_factory=list)
     padding: Node | None = None
     """Placeholder of the mask of rows that are no padding."""
@@ -161,11 +165,14 @@ class Work:
         exact = self.recomputed | self.starts.keys()
         return decide_roundings(share(factors, self.kinds), plan, self._saved(), exact, self.config)
 
-    def round_saved(self, chosen: Collection[str] | None = None) -> None:
-        """Round the tensors chosen by name (None: all that can be), revise the sites, and take back what did not pay."""
+    def round_saved(self, chosen: Mapping[str, int] | None = None) -> None:
+        """Round the tensors chosen by name to so many bits (None: all that can be, as the options say), revise the sites, and
+        take back what did not pay."""
         before, work = self._saved(), copy.copy(self)
         work.plan = rows_or_bits(self.plan, self.config)
-        roundings = [r for r in self._roundings(work.plan) if chosen is None or r.tensor.name in chosen]
+        roundings = self._roundings(work.plan)
+        if chosen is not None:
+            roundings = [r.at(chosen[r.tensor.name]) for r in roundings if r.tensor.name in chosen]
         if not roundings:
             return
         work._cut_again(work.plan, roundings)
@@ -263,6 +270,9 @@ class Work:
         # is computed for a draw on one side can be equal to a node of the other.
         forward, backward = self.cut(module, outputs, cse=False)
         severed.join(forward, self.num_fwd_outputs)
+        if self.roundings:
+            with watch("spread_costly", forward.graph, self.config.verbose):
+                spread_costly(forward.graph)
         with watch("unfold_late_sums", backward.graph, self.config.verbose):
             unfold_late_sums(backward.graph)
         return (forward, backward), done, uncut

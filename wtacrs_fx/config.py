@@ -144,7 +144,9 @@ class Config:
         "Bits, 8, 4 or 2, in which tensors are kept that the backward multiplies gradients by (derivatives of activation "
         "functions, normalised inputs, attention's operands, inputs of linear layers): rounded at random, without bias. "
         "Normalised inputs and attention's operands get twice the bits, at most 8. Where kept rows of a layer's input take "
-        "fewer bytes, rows are kept. With a memory_budget only what serves it is rounded. None: tensors stay as they are.",
+        "fewer bytes, rows are kept. With a memory_budget only what serves it is rounded, and these are the fewest bits: where "
+        "the budget is met with more (8 for 4), or with a tensor as it is, that is taken, most noise per byte first. None: "
+        "tensors stay as they are.",
     )
     round_include: tuple[str, ...] = _option(
         ("*",), "Rounded tensors are read only by modules whose name matches one of these patterns (fnmatch)."

@@ -15,6 +15,7 @@ OUTPUT_HEADS = (
     "*score",
     "*qa_outputs",
     "*embed_out",
+    "proj_out",
     "cls.*",
     "head",
     "heads.*",

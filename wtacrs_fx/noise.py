@@ -101,7 +101,7 @@ def allocate(
         grid: ascending ratios.
         budget: in the unit of the costs.
     """
-    hulls = [_hull(grid, curve) for curve in curves]
+    hulls = [lower_hull(grid, curve) for curve in curves]
     ratios = [grid[0]] * len(curves)
     spent = sum(c * r for c, r in zip(costs, ratios))
     steps = [
@@ -119,7 +119,7 @@ def allocate(
     return ratios
 
 
-def _hull(x: Sequence[float], y: Sequence[float]) -> list[int]:
+def lower_hull(x: Sequence[float], y: Sequence[float]) -> list[int]:
     """Indices of the lower convex hull, by Andrew's monotone chain."""
     hull: list[int] = []
     for i in range(len(x)):

@@ -38,7 +38,8 @@ class Format:
         low, high: the range of the values where it is known beforehand; otherwise that of each group is measured.
         scale_bits: 32, or 16: of the lowest value and of the step that are written for each group. In 16 bits (bfloat16) the
             lowest value is rounded downwards and the step upwards, so that the grid still covers the group and the mean stays
-            exact: steps are up to 1.2 % longer where a group holds both signs, more where its values are nearly equal.
+            exact: steps are up to 1.2 % longer where a group holds both signs, more where its values are nearly equal. Groups
+            of one or two values are then not exact: the error is below one step, as for others.
     """
 
     bits: int
@@ -58,6 +59,12 @@ class Format:
     def levels(self) -> int:
         """Steps of the grid."""
         return 2**self.bits - 1
+
+    @property
+    def noise(self) -> float:
+        """Mean squared error of a value in squares of its group's range: s^2 / 6 for a step s, of a value anywhere between
+        two points of the grid."""
+        return 1 / (6 * self.levels**2)
 
     def groups(self, width: int) -> int:
         """Into how many groups a row of ``width`` values is cut."""
