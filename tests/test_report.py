@@ -214,7 +214,7 @@ def test_rounded_tensors_have_lines_of_their_own():
         ("gelu", True, ("Linear",)),
         ("gelu", False, ("gelu",)),
     }
-    assert all(t.bytes_now == 128 * 64 // 2 + 2 * 4 * 128 for t in bits)
+    assert all(t.bytes_now == 128 * 64 // 2 + 2 * 2 * 128 for t in bits)
     gone = [t for t in ledger.tensors if t.reason == "what is computed from it is held in fewer bits"]
     assert [t.module for t in gone] == ["layers.0", "layers.1", "layers.2"]
     assert sum(t.bytes_now for t in ledger.tensors) == ledger.saved_bytes

@@ -29,20 +29,26 @@ class WtacrsCallback(TrainerCallback):
 
     def __init__(self, backend: Backend | None = None) -> None:
         self.backend = backend
-        self._before = 0
+        self._last: Ledger | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count from here on."""
-        self._before = len(ledgers())
+        self._last = next(reversed(ledgers()), None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add to the log that was just written."""
-        found = self.backend.ledgers if self.backend else ledgers()[self._before :]
+        found = self.backend.ledgers if self.backend else since(self._last, ledgers())
         values = totals(found)
         if logs is not None:
             logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
+
+
+def since(last: Ledger | None, found: Sequence[Ledger]) -> Sequence[Ledger]:
+    """What was found behind ``last``; all of it, where that is too old to be among them."""
+    behind = (i + 1 for i, x in enumerate(found) if x is last)
+    return found[next(behind, 0) :]
 
 
 def totals(found: Sequence[Ledger]) -> dict[str, float]:
