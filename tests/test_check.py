@@ -259,6 +259,8 @@ def test_bad_input():
         wtacrs_fx.check(torch.nn.ReLU(), torch.randn(4, 4))
     with pytest.raises(ReportError, match="the batch is on meta and the model on cpu"):
         wtacrs_fx.check(torch.nn.Linear(4, 4), torch.randn(4, 4, device="meta"))
+    with pytest.raises(ReportError, match=r"weight has no values, and a check computes.*wtacrs_fx\.report"):
+        wtacrs_fx.check(torch.nn.Linear(4, 4, device="meta"), torch.randn(4, 4, device="meta"))
     with pytest.raises(ReportError, match="draws=1: expected at least 2"):
         wtacrs_fx.check(Transformer(), transformer_batch(), draws=1)
     with (

@@ -187,6 +187,14 @@ def test_a_model_that_branches_on_data_has_a_report_up_to_there_and_no_training_
         assert out.splitlines()[-1].startswith("Training memory is unknown")
 
 
+def test_lora_options_with_lists_of_modules(capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "bert-small", presets.Preset("bert", "classification", OVERRIDES["bert"]))
+    command = ["report", "--model", "bert-small", "--option", "min_bytes=0", "--option", "memory_budget=None"]
+    assert main([*command, "--lora", "r=4, target_modules=['query', 'dense'],lora_alpha=8", "--level", "site"]) == 0
+    sites = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "aten.mm" in line]
+    assert {s.split(".lora_")[0].rpartition(".")[2] for s in sites} == {"query", "dense"}
+
+
 @pytest.mark.parametrize("command", ["report", "check"])
 def test_options_of_presets_are_refused_for_models_made_elsewhere(command, capsys):
     options = ["--batch-size", "8", "--seq-len", "7", "--dtype", "float32", "--lora", "r=4", "--task", "image"]

@@ -20,8 +20,8 @@ from wtacrs_fx.presets import PRESETS
 from helpers import SMALL, Transformer, transformer_batch
 from small_presets import small
 
-FAMILIES = {p.model_type: name for name, p in PRESETS.items()}
-"""One preset of each: those of a family differ in sizes, which :func:`small` overrides."""
+FAMILIES = {(p.model_type, p.config.get("tie_word_embeddings")): name for name, p in PRESETS.items()}
+"""One preset of each: those of a family differ in sizes, which :func:`small` overrides, and some in whether the head is tied."""
 
 
 def held(model: nn.Module, batch, **options) -> int:
@@ -246,6 +246,10 @@ def test_graph_breaks_are_told_and_each_graph_is_reported():
     assert any("test_report.py:" in line and "graph_break" in line for line in ledger.notes)
     assert {e.module for e in ledger.entries} == {"a", "b"}
     assert ledger.notes[1] in ledger.summary()
+    assert [note.split(": ", 1)[1] for note in ledger.notes if note.startswith("  graph ")] == [
+        "exact 64.0 KiB, now 48.5 KiB (a)",
+        "exact 64.0 KiB, now 32.5 KiB (b)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +258,8 @@ def test_graph_breaks_are_told_and_each_graph_is_reported():
         (nn.ReLU(), torch.ones(3), {}, "ReLU has no parameter that requires a gradient"),
         (nn.Linear(3, 3).requires_grad_(False), torch.ones(3), {}, "no parameter that requires a gradient"),
         (nn.Linear(3, 3), torch.ones(3, device="meta"), {}, "the batch is on meta and the model on cpu"),
+        (nn.Linear(3, 3), torch.ones(3).numpy(), {}, "the batch is a ndarray: expected a mapping"),
+        (torch.sin, torch.ones(3), {}, r"expected a torch\.nn\.Module"),
     ],
 )
 def test_what_cannot_be_reported(model, batch, options, words):

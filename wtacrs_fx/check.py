@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from wtacrs_fx.check_result import TOLERANCE, Check, Layer
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.layer_bytes import Step, Watched
-from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, can_train, own_errors, starts
+from wtacrs_fx.ledger import Entry
+from wtacrs_fx.private import FakeTensor
+from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, arguments, call, can_train, compile_apart, original, own_errors, starts
 
 DRAWS = 40
 
@@ -37,27 +39,35 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         options: the fields of :class:`wtacrs_fx.Config`. With ``seed`` None it is 0: rows must differ where dropout must not.
 
     Raises:
-        ReportError: fewer than 2 draws, nothing is trained or sampled, or the batch is on another device.
+        ReportError: fewer than 2 draws, nothing is trained or sampled, the batch is on another device, the model has no values.
     """
     if draws < 2:
         raise ReportError(f"draws={draws}: expected at least 2, since a standard error is computed.")
+    model, batch = original(model), arguments(batch)
     can_train(model, batch)
+    if empty := [n for n, p in model.named_parameters() if p.is_meta or isinstance(p, FakeTensor)]:
+        raise ReportError(f"{empty[0]} has no values, and a check computes: give a model with weights, or use wtacrs_fx.report.")
     config = Config.from_options(options)
     config = dataclasses.replace(config, seed=0 if config.seed is None else config.seed)
     backend = Backend(config)
     exact_arm, arm = Watched(Backend(config.exact())), Watched(backend)
     with own_errors(), torch.random.fork_rng():
-        exact, held_exact = _step(torch.compile(model, backend=exact_arm, dynamic=False), exact_arm, model, batch)
-        compiled = torch.compile(model, backend=arm, dynamic=False)
+        exact, held_exact = _step(compile_apart(model, exact_arm), exact_arm, model, batch)
+        compiled = compile_apart(model, arm)
         grads, held = _step(compiled, arm, model, batch)
         ledgers = list(backend.ledgers)  # (of the first step: graphs that choose their ratios are compiled again)
         rounded = any(c.bits > 1 for g in ledgers for c in g.compressed)
         found_sites = [e for g in ledgers for e in g.entries if e.decision != "exact"]
-        entries = {_parameter(e.module, exact): e for e in found_sites}
+        names = _names(model, exact)
+        entries: dict[str, list[Entry]] = {}
+        for e in found_sites:
+            for n in _parameters(e.module, names):
+                entries.setdefault(n, []).append(e)
         if not entries and not rounded:
             tables = "\n".join(g.table() for g in ledgers) or NO_TRAINING_GRAPH
             raise ReportError(f"nothing is sampled or rounded, so there is nothing to check:\n{tables}")
-        labels = {n: (e.module, e.decision, f"{e.kept}/{e.rows}") for n, e in entries.items()}
+        labels = _labels(entries)
+        rows = {e.module: labels[n][0] for n, sites in entries.items() for e in sites}
         size = {n: float(g.double().square().mean()) for n, g in exact.items()}
         least = NO_GRADIENT * max(size.values())
         exact = {n: g for n, g in exact.items() if size[n] > least or n in entries}
@@ -79,10 +89,10 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         draws=draws,
         saved_bytes=held.bytes,
         predicted_bytes=held.predicted,
-        held=held.by_layer(dict.fromkeys(e.module for e in entries.values())),
+        held=held.by_layer(rows),
         saved_bytes_exact=held_exact.bytes,
         predicted_bytes_exact=held_exact.predicted,
-        held_exact=held_exact.by_layer(()),
+        held_exact=held_exact.by_layer({}),
         untouched=untouched,
         tolerance=max(TOLERANCE, *(8 * torch.finfo(g.dtype).eps for g in exact.values())),
     )
@@ -100,14 +110,36 @@ def _step(compiled: Any, arm: Watched, model: nn.Module, batch: Batch) -> tuple[
     return grads, held
 
 
-def _parameter(module: str, grads: Mapping[str, Tensor]) -> str:
-    """Name of the weight of a site: the module's, or the site's own name where that is a parameter; or that of the one module
-    inside whose weight is used from outside (``out_proj`` of ``nn.MultiheadAttention``)."""
-    inside = [n for n in grads if n.startswith(f"{module}.") and n.endswith(".weight")]
+def _names(model: nn.Module, grads: Mapping[str, Tensor]) -> dict[str, str]:
+    """All names of the parameters with a gradient -> those of ``grads``. Shared ones have several."""
+    first = {p: n for n, p in model.named_parameters()}
+    return {n: first[p] for n, p in model.named_parameters(remove_duplicate=False) if first[p] in grads}
+
+
+def _parameters(module: str, names: Mapping[str, str]) -> list[str]:
+    """Names of what the weight of a site is: the module's, or the site's own name where that is a parameter; or that of the one
+    module inside whose weight is used from outside (``out_proj`` of ``nn.MultiheadAttention``); or the several parameters
+    that the weight is computed from (``weight_norm``)."""
+    inside = [n for n in names if n.startswith(f"{module}.") and n.endswith(".weight")]
     for name in (f"{module}.weight", module, "weight", *(inside if len(inside) == 1 else ())):
-        if name in grads:
-            return name
+        if name in names:
+            return [names[name]]
+    prefixes = (f"{module}.parametrizations.weight.", f"{module}.weight_")
+    if found := list(dict.fromkeys(names[n] for n in names if n.startswith(prefixes))):
+        return found
     raise ReportError(f"{module} is sampled, and no parameter of that name has a gradient; leave it out by exclude.")
+
+
+def _labels(entries: Mapping[str, Sequence[Entry]]) -> dict[str, tuple[str, str, str]]:
+    """Parameter -> (module, decision, rows kept) of the products that make its gradient: several where modules share it, or
+    where one is called more than once. Parameters of one module have their own names."""
+    found = {}
+    for name, sites in entries.items():
+        columns = zip(*((e.module, e.decision, f"{e.kept}/{e.rows}") for e in sites))
+        module, decision, kept = (", ".join(dict.fromkeys(column)) for column in columns)
+        alone = sum(others[0].module == sites[0].module for others in entries.values()) == 1
+        found[name] = module if alone else name, decision, kept
+    return found
 
 
 def _compare(found: Tensor, exact: Tensor) -> tuple[float, float, float]:

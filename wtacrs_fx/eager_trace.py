@@ -15,6 +15,7 @@ from torch.utils.module_tracker import ModuleTracker
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.inductor import replaced
 from wtacrs_fx.ledger import Saved
+from wtacrs_fx.measure import resident
 from wtacrs_fx.private import TorchDispatchMode, tree_leaves
 from wtacrs_fx.tracing import FakeRun, starts
 
@@ -73,8 +74,8 @@ def without_values(run: FakeRun) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_storages(run: FakeRun) -> Iterator[dict[int, Tensor]]:
-    """Collect what autograd saves inside, one tensor per storage; parameters and buffers are left out."""
-    skip = {_key(w) for w in (*run.model.parameters(), *run.model.buffers())}
+    """Collect what autograd saves inside, one tensor per storage, without what is resident."""
+    skip = {_key(t) for t in resident(run.model)}
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:

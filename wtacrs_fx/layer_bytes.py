@@ -5,7 +5,7 @@ the same order (``Ledger.handed``). So every tensor that autograd is seen to sav
 Numbers, shapes and types must agree; where they do not, a graph's bytes are given in all and no layer is guessed.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,12 +109,12 @@ class Step:
         """By the ledgers of all graphs that ran."""
         return sum(run.ledger.saved_bytes for run in self.runs if run.ledger)
 
-    def by_layer(self, sites: Collection[str]) -> tuple[LayerBytes, ...]:
+    def by_layer(self, sites: Mapping[str, str]) -> tuple[LayerBytes, ...]:
         """Rows whose known predictions add up to :attr:`predicted`, and known measurements to :attr:`bytes`.
 
-        Args: sites, modules whose inputs get a row of their own.
+        Args: sites, modules whose inputs get a row apart -> its name (one for modules that share a weight).
         """
-        of_site: dict[str, list[Line]] = {site: [] for site in sites}
+        of_site: dict[str, list[Line]] = {name: [] for name in sites.values()}
         others: list[Line] = []
         rest: list[LayerBytes] = []
         for number, run in enumerate(self.runs, 1):
@@ -123,11 +123,11 @@ class Step:
                 continue
             matched = _matches(run.ledger, run.saved)
             for site, line in _lines(run.ledger, sizes if matched else None):
-                of_site.get(site, others).append(line)
+                (of_site[sites[site]] if site in sites else others).append(line)
             if not matched:
                 name = f"(graph {number}: {len(run.saved)} tensors saved, {len(run.ledger.handed)} predicted)"
                 rest.append(LayerBytes(name, UNMATCHED, None, sum(sizes)))
-        rows = [_row(site, SITE, lines) for site, lines in of_site.items()]
+        rows = [_row(name, SITE, lines) for name, lines in of_site.items()]
         rows += [_row(ledger_tables.title(x), LAYER, x.tensors, x.count) for x in folded(others)]
         return (*rows, *rest, *self._without_ledger())
 

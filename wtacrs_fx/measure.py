@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from wtacrs_fx.private import tree_leaves
+
 
 @dataclass(frozen=True)
 class SavedTensor:
@@ -32,7 +34,7 @@ class SavedTensor:
     shape: tuple[int, ...]
     dtype: str
     is_weight: bool
-    """Whether the storage is that of a parameter or buffer."""
+    """Whether the storage is :func:`resident`."""
 
 
 class Held:
@@ -54,15 +56,22 @@ class Held:
         return sum({t.storage: t.bytes for t in self.saved if not t.is_weight}.values())
 
 
+def resident(model: nn.Module) -> list[Tensor]:
+    """What is in memory with the model: parameters, buffers, and tensors that its modules have as plain attributes (also in
+    lists and dicts), which compiled graphs take for weights too."""
+    attributes = (t for module in model.modules() for t in tree_leaves(vars(module)))
+    plain = (t for t in attributes if isinstance(t, Tensor) and t.grad_fn is None)
+    return [*model.parameters(), *model.buffers(), *plain]
+
+
 @contextlib.contextmanager
 def held(model: nn.Module) -> Iterator[Held]:
-    """Count what autograd saves for the backward of anything computed inside, parameters and buffers left out.
+    """Count what autograd saves for the backward of anything computed inside, without what is :func:`resident`.
 
     Works for eager code and for compiled functions alike. Keep the loss alive until the count is read, so that no storage
     is freed and its address used again.
     """
-    weights = [*model.parameters(), *model.buffers()]
-    count = Held({w.untyped_storage().data_ptr() for w in weights})
+    count = Held({t.untyped_storage().data_ptr() for t in resident(model)})
     with torch.autograd.graph.saved_tensors_hooks(count.add, lambda t: t):
         yield count
 

@@ -23,7 +23,7 @@ from wtacrs_fx.passes.norms import site_keys
 from wtacrs_fx.passes.policy import Action, Decision, rows_kept
 from wtacrs_fx.passes.work import Work
 from wtacrs_fx.private import FakeTensor, dynamo_config, functorch_config, tree_leaves
-from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, starts
+from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, call, compile_apart, starts
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Meter:
         self.config = dataclasses.replace(config, **off)
         self._draws: dict[tuple[str, ...], Draw] = {}
         self._graphs = 0
-        self._compiled = torch.compile(model, backend=self._backend, dynamic=False)
+        self._compiled = compile_apart(model, self._backend)
 
     @property
     def draws(self) -> list[Draw]:

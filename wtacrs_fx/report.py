@@ -16,9 +16,12 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.eager_trace import EagerStep, eager_step, held_storages, without_values
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.ledger import Ledger, Prediction, Saved
+from wtacrs_fx.ledger_tables import fold, title
+from wtacrs_fx.ledger_tables import layers as layers_of
 from wtacrs_fx.passes.partition import many_graphs, partition
 from wtacrs_fx.private import Unsupported, UserError
 from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, FakeRun, GraphBreak, look_at
+from wtacrs_fx.units import format_bytes
 
 
 def report(model: nn.Module, batch: Batch, *, device: str | torch.device | None = None, **options: Any) -> Ledger:
@@ -88,7 +91,7 @@ def _traced(run: FakeRun, config: Config) -> tuple[Ledger, ReportError | None]:
                 if not (found and error.__cause__):
                     raise
                 ended = error
-        notes = _breaks(breaks, len(found))
+        notes = _breaks(breaks, found)
         if found:
             found.append(_between(sum(t.untyped_storage().nbytes() for t in held.values()), found))
     if not found:
@@ -169,13 +172,19 @@ def _likeness(row: Saved) -> tuple:
     return row.module, row.dtype, row.bytes_eager or row.bytes_exact or row.bytes_now
 
 
-def _breaks(breaks: Iterable[GraphBreak], graphs: int) -> tuple[str, ...]:
-    """Where the graph breaks are, by Dynamo's own account."""
-    lines = [f"training graphs: {graphs}, joined here; graph breaks, where eager code runs:"]
+def _breaks(breaks: Iterable[GraphBreak], graphs: Sequence[Ledger]) -> tuple[str, ...]:
+    """Where the graph breaks are, by Dynamo's own account, and what each graph holds."""
+    lines = [f"training graphs: {len(graphs)}, joined here; graph breaks, where eager code runs:"]
     for reason in breaks:
         frame = reason.user_stack[-1] if reason.user_stack else None
         where = f"{frame.filename}:{frame.lineno}" if frame else "unknown place"
         lines.append(f"  {where}: {reason.reason.splitlines()[0]}")
+    for number, graph in enumerate(graphs, 1):
+        layers = ", ".join(map(title, fold(layers_of([t for t in graph.tensors if t.module]))))
+        lines.append(
+            f"  graph {number} holds: exact {format_bytes(graph.saved_bytes_exact)}, now {format_bytes(graph.saved_bytes)}"
+            + f" ({layers})" * bool(layers)
+        )
     return tuple(dict.fromkeys(lines))
 
 

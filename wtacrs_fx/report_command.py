@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,7 +127,7 @@ def load(args: argparse.Namespace, device: str = "meta") -> tuple[nn.Module, Bat
         batch_size=values["batch_size"],
         length=values["seq_len"],
         dtype=DTYPES[values["dtype"]],
-        lora=_assignments("--lora", args.lora.split(",")) if args.lora else None,
+        lora=_assignments("--lora", re.split(r",(?=\s*\w+=)", args.lora)) if args.lora else None,
         device=device,
     )
 

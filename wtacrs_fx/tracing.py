@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 
 from wtacrs_fx.backend import Partitioner
 from wtacrs_fx.config import Config
@@ -26,7 +28,8 @@ Look = Callable[..., tuple[tuple[GraphModule, GraphModule] | None, T]]
 
 NO_TRAINING_GRAPH = (
     "no training graph was traced: call model.train(), enable gradients, and let the model return what the loss is computed "
-    "from. Of a function with a graph break inside a loop Dynamo compiles nothing: TORCH_LOGS=graph_breaks names them."
+    "from. Of a function with a graph break inside a loop Dynamo compiles nothing: TORCH_LOGS=graph_breaks names them. (If this "
+    "process has compiled the same code many times: torch._dynamo.reset().)"
 )
 
 
@@ -51,6 +54,7 @@ class FakeRun:
             ReportError: the model has no parameter that requires a gradient, the batch is on another device, or this build of
                 torch has no autograd for ``device``.
         """
+        model, batch = original(model), arguments(batch)
         can_train(model, batch)
         if device is not None:
             _check_support(device)
@@ -67,7 +71,7 @@ class FakeRun:
                 return nn.Parameter(result, tensor.requires_grad)
             return result.requires_grad_(tensor.requires_grad)
 
-        with mode:
+        with mode, _TensorsCopiedBy(fake):
             memo: dict[int, Any] = {id(w): fake(w) for w in weights}
             copied = copy.deepcopy(model, memo)
             fakes = tree_map_only(Tensor, fake, batch)
@@ -86,6 +90,42 @@ class FakeRun:
         """Call the model, or what stands for it, with the batch."""
         with self.mode:
             return call(function, self.batch)
+
+
+def original(model: nn.Module) -> nn.Module:
+    """What ``torch.compile`` was given, of a module that it returned."""
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
+
+
+def arguments(batch: Batch) -> Batch:
+    """The batch, mappings of other types (what tokenizers of transformers return) as a dict, whose tensors torch finds.
+
+    Raises: ReportError: it is neither a mapping nor a sequence nor a tensor.
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if not isinstance(batch, (Sequence, Tensor)):
+        raise ReportError(
+            f"the batch is a {type(batch).__name__}: expected a mapping (keyword arguments), a sequence (positional arguments) "
+            "or a tensor (the one argument)."
+        )
+    return batch
+
+
+class _TensorsCopiedBy(TorchFunctionMode):
+    """Inside, ``copy.deepcopy`` copies tensors by a function: those that a module holds as plain attributes, which are neither
+    parameters nor buffers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            with torch._C.DisableTorchFunction():
+                return self.function(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def call(function: Callable[..., Any], batch: Batch) -> Any:
@@ -145,8 +185,20 @@ def look_at(
         functorch_config.patch(enable_autograd_cache=False),
         dynamo_config.patch(run_gc_after_compile=False),  # which takes seconds
     ):
-        run.call(torch.compile(run.model, backend=backend, fullgraph=fullgraph, dynamic=False))
+        run.call(compile_apart(run.model, backend, fullgraph=fullgraph))
     return found
+
+
+def compile_apart(model: nn.Module, backend: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+    """``torch.compile`` for shapes as they are, whose graphs do not count for the limit of recompilations of the same code.
+
+    Otherwise the fifth check of a model in a process finds nothing compiled, and neither does training behind four of them.
+    (Versions of torch without ``isolate_recompiles`` cannot tell them apart.)
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        kwargs["isolate_recompiles"] = True
+    compiled: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=False, **kwargs)
+    return compiled
 
 
 @contextlib.contextmanager
@@ -196,8 +248,10 @@ class _Looker(Partitioner, Generic[T]):
 def can_train(model: nn.Module, batch: Batch) -> None:
     """Refuse what no step can be made of.
 
-    Raises: ReportError: no parameter requires a gradient, or the batch is on another device than the model.
+    Raises: ReportError: no module, no parameter requires a gradient, or the batch is on another device than the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ReportError(f"the model is a {type(model).__name__}: expected a torch.nn.Module.")
     weights = [*model.parameters(), *model.buffers()]
     if not any(w.requires_grad for w in weights):
         raise ReportError(

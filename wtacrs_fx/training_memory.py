@@ -17,7 +17,7 @@ from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.partition import many_graphs
 from wtacrs_fx.private import FakeTensorMode, TorchDispatchMode, tree_leaves
 from wtacrs_fx.report import partition_ledger
-from wtacrs_fx.tracing import Batch, FakeRun
+from wtacrs_fx.tracing import Batch, FakeRun, arguments, original
 from wtacrs_fx.units import format_bytes, parse_bytes
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -84,6 +84,7 @@ class StepTraces:
         device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
+        model, batch = original(model), arguments(batch)
         self.model, self.batch, self.device, self.config = model, batch, device, Config.from_options(options)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.parameters = _bytes((*model.parameters(), *model.buffers()))
