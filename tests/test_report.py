@@ -247,8 +247,8 @@ def test_graph_breaks_are_told_and_each_graph_is_reported():
     assert {e.module for e in ledger.entries} == {"a", "b"}
     assert ledger.notes[1] in ledger.summary()
     assert [note.split(": ", 1)[1] for note in ledger.notes if note.startswith("  graph ")] == [
-        "exact 64.0 KiB, now 48.5 KiB (a)",
-        "exact 64.0 KiB, now 32.5 KiB (b)",
+        "exact 64.0 KiB, now 42.1 KiB (a)",
+        "exact 96.0 KiB, now 64.5 KiB (b)",
     ]
 
 
