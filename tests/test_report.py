@@ -21,7 +21,7 @@ from helpers import SMALL, Transformer, transformer_batch
 from small_presets import small
 
 FAMILIES = {(p.model_type, p.config.get("tie_word_embeddings")): name for name, p in PRESETS.items()}
-"""One preset of each: those of a family differ in sizes, which :func:`small` overrides, and some in whether the head is tied."""
+"""One preset of each: others of a family differ in sizes only, which :func:`small` overrides."""
 
 
 def held(model: nn.Module, batch, **options) -> int:

@@ -113,3 +113,44 @@ def test_checks_and_reports_leave_training_its_recompilations():
     backend = wtacrs_fx.Backend(**OPTIONS)
     torch.compile(model, backend=backend)(x).backward()
     assert backend.ledger.sampled
+
+
+class Inner(nn.Module):
+    """A graph break inside of a module: Dynamo's paths begin at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.a(x))
+        torch._dynamo.graph_break()
+        return self.b(x.sin())
+
+
+class Outer(nn.Module):
+    """Whose layers share the graph behind the break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.last = nn.ModuleList(Inner() for _ in range(2)), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x.cos()).sin()
+        x = self.layers[1](x).sin()
+        return self.last(x).square().mean()
+
+
+def test_layers_with_graph_breaks_inside_have_their_full_names_and_are_all_there():
+    model, x = Outer(), torch.randn(256, 64)
+    names = {"last", *(f"layers.{i}.{n}" for i in range(2) for n in "ab")}
+    ledger = wtacrs_fx.report(model, x, **OPTIONS)
+    assert {e.module for e in ledger.entries} == names
+    assert len(ledger.entries) == 5
+    assert ledger.notes[0].startswith("training graphs: 5")
+    assert any(note.startswith("  graph 4 holds") and note.endswith("(layers.1)") for note in ledger.notes)
+    result = wtacrs_fx.check(model, x, draws=20, **OPTIONS)
+    assert {x.module for x in result.layers} == {e.module for e in ledger.entries if e.decision != "exact"}
+    assert {x.module for x in result.layers} >= {"layers.0.b", "layers.1.b"}
+    assert result.faults == [], result.table()
+    assert result.predicted_bytes == ledger.saved_bytes

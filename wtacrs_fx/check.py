@@ -15,7 +15,17 @@ from wtacrs_fx.errors import ReportError
 from wtacrs_fx.layer_bytes import Step, Watched
 from wtacrs_fx.ledger import Entry
 from wtacrs_fx.private import FakeTensor
-from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, arguments, call, can_train, compile_apart, original, own_errors, starts
+from wtacrs_fx.tracing import (
+    NO_TRAINING_GRAPH,
+    Batch,
+    arguments,
+    call,
+    can_train,
+    compile_apart,
+    original,
+    own_errors,
+    starts,
+)
 
 DRAWS = 40
 
@@ -46,16 +56,18 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
     model, batch = original(model), arguments(batch)
     can_train(model, batch)
     if empty := [n for n, p in model.named_parameters() if p.is_meta or isinstance(p, FakeTensor)]:
-        raise ReportError(f"{empty[0]} has no values, and a check computes: give a model with weights, or use wtacrs_fx.report.")
+        raise ReportError(
+            f"{empty[0]} has no values, and a check computes: give a model with weights, or use wtacrs_fx.report."
+        )
     config = Config.from_options(options)
     config = dataclasses.replace(config, seed=0 if config.seed is None else config.seed)
     backend = Backend(config)
-    exact_arm, arm = Watched(Backend(config.exact())), Watched(backend)
+    exact_arm, arm = Watched(Backend(config.exact()), model), Watched(backend, model)
     with own_errors(), torch.random.fork_rng():
         exact, held_exact = _step(compile_apart(model, exact_arm), exact_arm, model, batch)
         compiled = compile_apart(model, arm)
         grads, held = _step(compiled, arm, model, batch)
-        ledgers = list(backend.ledgers)  # (of the first step: graphs that choose their ratios are compiled again)
+        ledgers = held.ledgers  # (of the first step: graphs that choose their ratios are compiled again)
         rounded = any(c.bits > 1 for g in ledgers for c in g.compressed)
         found_sites = [e for g in ledgers for e in g.entries if e.decision != "exact"]
         names = _names(model, exact)
@@ -102,7 +114,7 @@ def _step(compiled: Any, arm: Watched, model: nn.Module, batch: Batch) -> tuple[
     """Gradients by name and what is held, from the same random state every time."""
     torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
-    with arm.held(model) as held:
+    with arm.held() as held:
         roots = starts(call(compiled, batch))
     torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -17,6 +17,7 @@ from wtacrs_fx import ledger_tables, measure
 from wtacrs_fx.backend import Backend
 from wtacrs_fx.inductor import like_compiled
 from wtacrs_fx.ledger import Ledger, Saved
+from wtacrs_fx.names import paths_in_model, renamed
 
 SITE, LAYER = "site", "layer"
 """Kinds of :class:`LayerBytes` that are predicted."""
@@ -62,10 +63,10 @@ class Line(Saved):
 
 
 class Watched:
-    """A Backend whose graphs say when they run, so that what autograd saves is known by graph."""
+    """A Backend for a model whose graphs say when they run, so that what autograd saves is known by graph."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, backend: Backend, model: nn.Module) -> None:
+        self.backend, self.model = backend, model
         self._held: measure.Held | None = None
         self._spans: list[tuple[Ledger | None, int, int]] = []
 
@@ -78,16 +79,18 @@ class Watched:
             start = len(self._held.saved) if self._held else 0
             result = compiled(*args)
             if self._held:
-                self._spans.append((ledgers[-1] if ledgers else None, start, len(self._held.saved)))
+                # (equal layers can share one graph: their parameters say which of them this run is)
+                ledger = renamed(ledgers[-1], paths_in_model(gm, args, self.model)) if ledgers else None
+                self._spans.append((ledger, start, len(self._held.saved)))
             return result
 
         return like_compiled(run, compiled)
 
     @contextmanager
-    def held(self, model: nn.Module) -> Iterator["Step"]:
+    def held(self) -> Iterator["Step"]:
         """Like :func:`wtacrs_fx.measure.held`; what comes out is complete behind the block."""
         self._spans.clear()
-        with measure.held(model) as held:
+        with measure.held(self.model) as held:
             self._held, step = held, Step()
             try:
                 yield step
@@ -105,9 +108,14 @@ class Step:
     runs: tuple[Run, ...] = ()
 
     @property
+    def ledgers(self) -> list[Ledger]:
+        """Of all graphs that ran, once for every run."""
+        return [run.ledger for run in self.runs if run.ledger]
+
+    @property
     def predicted(self) -> int:
         """By the ledgers of all graphs that ran."""
-        return sum(run.ledger.saved_bytes for run in self.runs if run.ledger)
+        return sum(ledger.saved_bytes for ledger in self.ledgers)
 
     def by_layer(self, sites: Mapping[str, str]) -> tuple[LayerBytes, ...]:
         """Rows whose known predictions add up to :attr:`predicted`, and known measurements to :attr:`bytes`.

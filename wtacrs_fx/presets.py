@@ -145,7 +145,8 @@ def build(
         batch_size, length: examples, and tokens of each (of the labels of a speech model; an image model has none).
         task: a key of :data:`TASKS`; None: the preset's own, or the one of the config's ``architectures``.
         dtype: of the parameters and of floating-point inputs.
-        lora: arguments of peft's ``LoraConfig`` such as ``{"r": 32}``; only the adapters are trained, and what ``modules_to_save`` names.
+        lora: arguments of peft's ``LoraConfig`` such as ``{"r": 32}``; only the adapters are trained, and
+            what its ``modules_to_save`` names.
         overrides: fields of the config to change, for example the number of layers.
         device: "meta": tensors without memory, which is all that a report needs.
 

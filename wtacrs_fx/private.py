@@ -62,7 +62,9 @@ USED = {
     "TracingContext": Private("torch._guards", "a traced graph is compiled again, with other ratios"),
     "tracing": Private("torch._guards", "the same"),
     # settings
-    "dynamo_config": Private("torch._dynamo", "reports: no garbage collection; calibration: recompilation limits", "config"),
+    "dynamo_config": Private(
+        "torch._dynamo", "reports: no garbage collection; calibration: recompilation limits", "config"
+    ),
     "functorch_config": Private("torch._functorch", "torch's own memory budget", "config"),
     "inductor_config": Private("torch._inductor", "Inductor's own options", "config"),
     "cache_dir": Private("torch._inductor.runtime.cache_dir_utils", "ledgers lie beside Inductor's cache"),

@@ -1,7 +1,7 @@
 """``wtacrs_fx.report``: what a model would hold for its backward, before anything runs."""
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from wtacrs_fx.errors import ReportError
 from wtacrs_fx.ledger import Ledger, Prediction, Saved
 from wtacrs_fx.ledger_tables import fold, title
 from wtacrs_fx.ledger_tables import layers as layers_of
+from wtacrs_fx.names import renamed
 from wtacrs_fx.passes.partition import many_graphs, partition
 from wtacrs_fx.private import Unsupported, UserError
 from wtacrs_fx.tracing import NO_TRAINING_GRAPH, Batch, FakeRun, GraphBreak, look_at
@@ -76,8 +77,11 @@ def _traced(run: FakeRun, config: Config) -> tuple[Ledger, ReportError | None]:
 
     def look_and_go_on(joint: GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         forward, backward, ledger = partition(joint, joint_inputs, config=config, **kwargs)
-        found.extend(_ledgers([ledger]))
         return (forward, backward), ledger
+
+    def ran(ledgers: Iterable[Ledger | None], paths: Mapping[str, str]) -> None:
+        """A graph, maybe not for the first time: of another layer of the same code."""
+        found.extend(renamed(ledger, paths) for ledger in _ledgers(ledgers))
 
     try:
         found += _ledgers(look_at(run, config, look, fullgraph=True))
@@ -86,7 +90,7 @@ def _traced(run: FakeRun, config: Config) -> tuple[Ledger, ReportError | None]:
         with held_storages(run) as held:
             try:
                 with without_values(run):
-                    look_at(run, config, look_and_go_on, breaks=breaks)
+                    look_at(run, config, look_and_go_on, breaks=breaks, ran=ran)
             except ReportError as error:
                 if not (found and error.__cause__):
                     raise
@@ -180,7 +184,9 @@ def _breaks(breaks: Iterable[GraphBreak], graphs: Sequence[Ledger]) -> tuple[str
         where = f"{frame.filename}:{frame.lineno}" if frame else "unknown place"
         lines.append(f"  {where}: {reason.reason.splitlines()[0]}")
     for number, graph in enumerate(graphs, 1):
-        sites = [Saved(e.module, e.op, e.shape, e.dtype) for e in reversed(graph.entries)]  # in the order of the forward
+        sites = [
+            Saved(e.module, e.op, e.shape, e.dtype) for e in reversed(graph.entries)
+        ]  # in the order of the forward
         layers = ", ".join(map(title, fold(layers_of([t for t in (*sites, *graph.tensors) if t.module]))))
         lines.append(
             f"  graph {number} holds: exact {format_bytes(graph.saved_bytes_exact)}, now {format_bytes(graph.saved_bytes)}"

@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from wtacrs_fx.backend import Partitioner
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, ReportError
-from wtacrs_fx.inductor import compile_inductor, uncompiled
-from wtacrs_fx.names import dynamo_names
+from wtacrs_fx.fake_devices import check_support
+from wtacrs_fx.inductor import compile_inductor, like_compiled, uncompiled
+from wtacrs_fx.names import dynamo_names, paths_in_model
 from wtacrs_fx.private import FakeTensor, FakeTensorMode, dynamo_config, functorch_config, tree_leaves, tree_map_only
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -28,8 +29,8 @@ Look = Callable[..., tuple[tuple[GraphModule, GraphModule] | None, T]]
 
 NO_TRAINING_GRAPH = (
     "no training graph was traced: call model.train(), enable gradients, and let the model return what the loss is computed "
-    "from. Of a function with a graph break inside a loop Dynamo compiles nothing: TORCH_LOGS=graph_breaks names them. (If this "
-    "process has compiled the same code many times: torch._dynamo.reset().)"
+    "from. Of a function with a graph break inside a loop Dynamo compiles nothing: TORCH_LOGS=graph_breaks names them. (If "
+    "this process has compiled the same code many times: torch._dynamo.reset().)"
 )
 
 
@@ -57,7 +58,7 @@ class FakeRun:
         model, batch = original(model), arguments(batch)
         can_train(model, batch)
         if device is not None:
-            _check_support(device)
+            check_support(device)
         weights = [*model.parameters(), *model.buffers()]
         modes = [w.fake_mode for w in weights if isinstance(w, FakeTensor)]
         mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
@@ -158,7 +159,13 @@ class GraphBreak(Protocol):
 
 
 def look_at(
-    run: FakeRun, config: Config, look: Look[T], *, fullgraph: bool = False, breaks: "list[GraphBreak] | None" = None
+    run: FakeRun,
+    config: Config,
+    look: Look[T],
+    *,
+    fullgraph: bool = False,
+    breaks: "list[GraphBreak] | None" = None,
+    ran: "Callable[[Sequence[T], Mapping[str, str]], None] | None" = None,
 ) -> list[T]:
     """Let Dynamo and AOTAutograd trace a model, and look at every training graph where a partitioner would partition it.
 
@@ -168,6 +175,7 @@ def look_at(
         look: see :data:`Look`. Nothing is compiled; where ``look`` does not end the tracing, the graphs run on fake tensors.
         fullgraph: raise ``torch._dynamo.exc.Unsupported`` at a graph break, before anything was looked at.
         breaks: receives the graph breaks.
+        ran: called before every run of a graph, with what ``look`` found in it and :func:`wtacrs_fx.names.paths_in_model`.
     """
     found: list[T] = []
 
@@ -175,8 +183,16 @@ def look_at(
         end: Any = gm.compile_subgraph_reason
         if breaks is not None and end.graph_break:
             breaks.append(end)
-        looker = _Looker(config, dynamo_names(gm), look, found)
-        return compile_inductor(gm, inputs, looker, None, compile_graph=uncompiled)
+        looker, made = _Looker(config, dynamo_names(gm), look, found), len(found)
+        compiled = compile_inductor(gm, inputs, looker, None, compile_graph=uncompiled)
+
+        def call(*args: Any) -> Any:
+            if ran is not None:
+                ran(found[made:last], paths_in_model(gm, args, run.model))
+            return compiled(*args)
+
+        last = len(found)
+        return like_compiled(call, compiled)
 
     # No graph is taken from a cache. Shapes are those of the batch, whatever was traced before in this process.
     with (
@@ -264,35 +280,3 @@ def can_train(model: nn.Module, batch: Batch) -> None:
         raise ReportError(
             f"the batch is on {', '.join(others)} and the model on {', '.join(devices)}: move one of them with .to(device)."
         )
-
-
-def _check_support(name: str | torch.device) -> None:
-    """Fake tensors need no device, but their operations need a build of torch that knows it (else they raise in the middle of a
-    trace, and autograd ends the process), and the autograd of torch 2.13 needs a device of CUDA too."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ReportError(f"device={name!r}: expected a device of torch, such as 'cpu' or 'cuda'.") from error
-    built = device.type != "cuda" or torch.backends.cuda.is_built()
-    if not (built and _works(lambda: torch.empty(2, 2, device=device)[:1].sum())):
-        raise ReportError(
-            f"device={str(device)!r}: torch {torch.__version__} is built without {device.type.upper()}, and has no operations "
-            "for its tensors, not even for fake ones. Install a build of torch with it, or leave device out: what is saved "
-            "differs between devices only where kernels do, such as fused attention."
-        )
-    if not _works(lambda: torch.autograd.grad((x := torch.empty(2, device=device, requires_grad=True)).sum(), x)):
-        raise ReportError(
-            f"device={str(device)!r}: torch {torch.__version__} has no autograd for its tensors without such a device. Use a "
-            "machine that has one, or leave device out: what is saved differs between devices only where kernels do, such as "
-            "fused attention."
-        )
-
-
-def _works(function: Callable[[], Any]) -> bool:
-    """Whether it runs on fake tensors."""
-    try:
-        with FakeTensorMode():
-            function()
-    except (RuntimeError, AttributeError):  # "PyTorch is not linked with support for ..."; no module torch.hpu
-        return False
-    return True
