@@ -175,7 +175,6 @@ class Indexed(Masked):
         return super().forward(x, target, attention_mask[rows, columns])
 
 
-@pytest.mark.filterwarnings("error::wtacrs_fx.WtacrsWarning")
 def test_a_mask_whose_batch_size_is_another_symbol():
     model, backend = Indexed(layers=1), Backend(**{**EARLY, "padding": "attention_mask"})
     compiled = torch.compile(model, backend=backend)
