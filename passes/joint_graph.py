@@ -12,7 +12,7 @@ from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.names import Argument
 from wtacrs_fx.passes.budget import Partition
 from wtacrs_fx.passes.norms import shows_sequences
-from wtacrs_fx.passes.policy import hint, is_unbacked
+from wtacrs_fx.passes.policy import hint
 from wtacrs_fx.passes.sites import Site, gradient_outputs, primals
 from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
 from wtacrs_fx.roomy import without_code
@@ -87,11 +87,10 @@ def _guard_equal_sizes(mask: Node, sites: Sequence[Site]) -> None:
     for site in sites:
         shown = shows_sequences(site)
         rows = shown[0].meta["val"].shape[: len(sizes)] if shown else ()
-        if len(rows) == len(sizes) and not any(map(is_unbacked, (*rows, *sizes))):
-            if [hint(n) for n in rows] == [hint(n) for n in sizes]:
-                for a, b in zip(rows, sizes):
-                    guard_or_false(a == b)
-                return
+        if [hint(n) for n in rows] == [hint(n) for n in sizes]:
+            for a, b in zip(rows, sizes):
+                guard_or_false(a == b)
+            return
 
 
 def cutter(

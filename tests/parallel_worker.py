@@ -39,7 +39,7 @@ def ddp(rank, buckets, width):
 
 
 def ddp_noise(rank, draws):
-    """Repeated draws: squared errors and projections of DDP's gradients, and squared errors of one process on this rank's batch."""
+    """Draws: squared errors and projections of DDP's gradients, and squared errors of one process on this rank's batch."""
     model, batch = model_and_batch(rank)
     twin = copy.deepcopy(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
