@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from wtacrs_fx import distributed, rng
+from wtacrs_fx import PositionNorms, SampleNorms, distributed, rng
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import RankError
 
@@ -198,6 +198,16 @@ def test_options_are_compared_in_order(monkeypatch):
     with pytest.raises(RankError, match=r"rank 0 compiles with ratio=0\.6, rank 1 .* ratio=0\.7"):
         distributed.check_ranks(Config(ratio=0.6), ["w"], inputs)
     distributed.check_ranks(Config(ratio=0.9), ["other"], inputs)
+
+
+def test_objects_among_the_options_are_compared_by_class():
+    """Every rank makes its own norm source, somewhere in its memory."""
+    found = [
+        distributed.options_of(Config(norms=SampleNorms(examples=9), inductor={"pass": object()})) for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert "SampleNorms" in found[0]["norms"]
+    assert distributed.options_of(Config(norms=PositionNorms()))["norms"] != found[0]["norms"]
 
 
 @pytest.mark.long
