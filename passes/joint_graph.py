@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.names import Argument
 from wtacrs_fx.passes.budget import Partition
+from wtacrs_fx.passes.norms import shows_sequences
+from wtacrs_fx.passes.policy import hint
 from wtacrs_fx.passes.sites import Site, gradient_outputs, primals
 from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
 from wtacrs_fx.roomy import without_code
@@ -60,7 +62,9 @@ def padding_placeholder(
             "behind a graph break only what is passed on by its name can be used."
         )
     mask = arguments[padding]
-    if not any(statically_known_true(mask.meta["val"].numel() == site.activation.rows) for site in sites):
+    if not _is_about_rows(mask, sites):
+        _guard_equal_sizes(mask, sites)
+    if not _is_about_rows(mask, sites):
         warnings.warn(
             f"wtacrs: padding={padding!r} has the shape {tuple(mask.meta['val'].shape)}, and no linear layer of this graph has "
             "that many rows: it has no effect here. Expected one element per row, [batch, sequence].",
@@ -68,6 +72,25 @@ def padding_placeholder(
             stacklevel=2,
         )
     return mask
+
+
+def _is_about_rows(mask: Node, sites: Sequence[Site]) -> bool:
+    """Whether a mask has one element for every row of a site's input."""
+    return any(statically_known_true(mask.meta["val"].numel() == site.activation.rows) for site in sites)
+
+
+def _guard_equal_sizes(mask: Node, sites: Sequence[Site]) -> None:
+    """With dynamic shapes the sizes of a mask [B, T] may be symbols that nothing in the model compares with those of the
+    tokens (Hugging Face's models index their masks). Where both are equal in the example, that becomes a guard of the graph,
+    and the symbols become one."""
+    sizes = mask.meta["val"].shape
+    for site in sites:
+        shown = shows_sequences(site)
+        rows = shown[0].meta["val"].shape[: len(sizes)] if shown else ()
+        if [hint(n) for n in rows] == [hint(n) for n in sizes]:
+            for a, b in zip(rows, sizes):
+                guard_or_false(a == b)
+            return
 
 
 def cutter(

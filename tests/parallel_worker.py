@@ -1,5 +1,6 @@
 """What each of two processes of ``tests/test_parallel.py`` runs: ``python parallel_worker.py TASK RANK FOLDER``."""
 
+import copy
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from torch import nn
 import wtacrs_fx
 from wtacrs_fx import Backend
 
-from helpers import SMALL, Transformer, transformer_batch
+from helpers import SMALL, Transformer, gradients, transformer_batch
 
 KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
 
@@ -27,14 +28,34 @@ def grads(model):
     return {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in full.items()}
 
 
-def ddp(rank, ratio=0.9999, seed=None, buckets=25, width=64):
+def ddp(rank, buckets, width):
     model, batch = model_and_batch(rank, width)
     wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=buckets)
-    backend = Backend(**{**KEEP_ALL, "ratio": ratio, "seed": seed})
+    backend = Backend(**KEEP_ALL)
     compiled = torch.compile(wrapped, backend=backend)
     compiled(*batch).backward()
     names = sorted({e.module for x in backend.ledgers for e in x.entries if e.decision != "exact"})
     return {"grads": grads(model), "graphs": len(backend.ledgers), "sampled": names}
+
+
+def ddp_noise(rank, draws):
+    """Draws: squared errors and projections of DDP's gradients, and squared errors of one process on this rank's batch."""
+    model, batch = model_and_batch(rank)
+    twin = copy.deepcopy(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(*batch).backward()
+    exact = [[p.grad.clone() for p in model.parameters()]]
+    exact.append(list(gradients(twin, *batch).values()))
+    found = {"projections": [], "together": [], "alone": []}
+    compiled = [torch.compile(m, backend=Backend(**{**KEEP_ALL, "ratio": 0.5})) for m in (wrapped, twin)]
+    for _ in range(draws):
+        for name, module, call, want in zip(("together", "alone"), (model, twin), compiled, exact):
+            got = list(gradients(module, *batch, call=call).values())
+            found[name].append(float(sum((a - b).square().sum() for a, b in zip(got, want))))
+            if name == "together":
+                products = [float((a * b).sum() / b.square().sum()) for a, b in zip(got, want)]
+                found["projections"].append([p for p, b in zip(products, want) if float(b.norm()) > 1e-4])
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
 def fsdp(rank, whole=False):

@@ -165,3 +165,27 @@ def test_fewer_rows_than_are_kept(estimator):
         total.index_add_(0, rows, scale.double())
     assert total[w == 0].sum() == 0
     torch.testing.assert_close(total[w > 0] / 300, torch.ones(5, dtype=torch.float64), rtol=0, atol=0.15)
+
+
+class Indexed(Masked):
+    """Reads its mask as Hugging Face's models do, so that the mask's batch size is a symbol of its own."""
+
+    def forward(self, x, target, attention_mask):
+        rows, columns = torch.arange(x.shape[0])[:, None], torch.arange(x.shape[1])
+        return super().forward(x, target, attention_mask[rows, columns])
+
+
+def test_a_mask_whose_batch_size_is_another_symbol():
+    model, backend = Indexed(layers=1), Backend(**{**EARLY, "padding": "attention_mask"})
+    compiled = torch.compile(model, backend=backend)
+    for batch, length in ((8, 16), (5, 12)):
+        tensors = masked_batch(batch=batch, length=length)
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        for tensor in tensors[::2]:
+            torch._dynamo.mark_dynamic(tensor, 1)
+        gradients(model, *tensors, call=compiled)
+    assert len(backend.ledgers) == 1
+    assert isinstance(backend.ledger.entries[-1].rows, str), "sizes are symbols"
+    assert len(backend.padding) == 6
+    assert set(backend.padding.values()) == {"zero"}

@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
@@ -311,21 +312,22 @@ def test_reduce_overhead_on_a_cpu():
 @pytest.mark.works_with("Training", "compiled autograd", "yes")
 @pytest.mark.parametrize("budget", [None, "1GiB"])
 def test_compiled_autograd(budget):
+    """The backward is called inside of the compiled function, and is captured by a compiler of its own."""
     model, batch = Transformer(layers=1), transformer_batch()
     expected = gradients(model, *batch)
     backend = Backend(**{**KEEP_ALL, "memory_budget": budget})
+    counters.clear()
     with torch._dynamo.config.patch(compiled_autograd=True):
-        compiled = torch.compile(model, backend=backend)
 
-        @torch.compile(backend="eager")
+        @torch.compile(backend=backend)
         def step():
-            compiled(*batch).backward()
+            model(*batch).backward()
 
         model.zero_grad()
-        compiled(*batch).backward()
-        got = {n: p.grad.clone() for n, p in model.named_parameters()}
-    close(got, expected)
+        step()
+    close({n: p.grad.clone() for n, p in model.named_parameters()}, expected)
     sampled(backend)
+    assert counters["compiled_autograd"]["captures"] == 1
 
 
 @pytest.mark.works_with("Training", "optimizer steps in the backward (hooks of parameters)", "yes")
@@ -358,6 +360,7 @@ def test_module_hooks():
     model.blocks[1].register_full_backward_hook(lambda m, gi, go: seen.append(1))
     expected = gradients(model, *batch)
     close(gradients(model, *batch, call=torch.compile(model, backend=Backend(**KEEP_ALL))), expected)
+    assert seen == [1, 1], "once in each of the two backwards"
 
 
 @pytest.mark.works_with("Training", "gradients of inputs", "exact")

@@ -6,7 +6,7 @@ from torch import nn
 
 from wtacrs_fx import Backend
 
-from helpers import SMALL, Transformer, gradients, transformer_batch
+from helpers import SMALL, Recorder, Transformer, gradients, transformer_batch
 
 KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
 
@@ -121,3 +121,16 @@ def test_float32_matmul_precision():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert distance(got, exact) < 1e-2
+
+
+def test_sampled_products_follow_the_precision_of_float32_products():
+    """They are torch's own products of float32 matrices, which is what that setting is about."""
+    recorder = Recorder(ratio=0.3)
+    model = Transformer(layers=1)
+    gradients(model, *transformer_batch(), call=torch.compile(model, backend=recorder))
+    (backward,) = recorder.backward
+    sites = [e for e in recorder.ledger.entries if e.decision != "exact"]
+    products = backward.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+    ours = [n for n in products if n.meta["val"].shape in {(64, 64), (256, 64), (64, 256)}]
+    assert len(ours) >= len(sites) == 6
+    assert {a.meta["val"].dtype for n in products for a in n.args} == {torch.float32}

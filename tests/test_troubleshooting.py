@@ -27,7 +27,7 @@ def messages():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 nodes += node.exc.args[:1]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "_warn"):
                 nodes += node.args[:1]
             elif isinstance(node, (ast.JoinedStr, ast.Constant)) and (template(node) or "").startswith("wtacrs: "):
                 nodes.append(node)

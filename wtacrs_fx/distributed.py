@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -71,9 +72,11 @@ def check_ranks(config: Config, names: Sequence[str | None], inputs: Sequence[An
 
 
 def options_of(config: Config) -> dict[str, str]:
-    """What every rank must agree about: option -> its value as text, and the version of torch."""
+    """What every rank must agree about: option -> its value as text, and the version of torch. Of objects (norm sources, passes
+    of Inductor) it is their class that counts, and not where they lie in a rank's memory."""
     fields = [f.name for f in dataclasses.fields(config) if f.name not in OF_ONE_RANK]
-    return {"torch": torch.__version__, **{name: repr(getattr(config, name)) for name in fields}}
+    texts = {name: re.sub(r" at 0x[0-9a-fA-F]+", "", repr(getattr(config, name))) for name in fields}
+    return {"torch": torch.__version__, **texts}
 
 
 def _index(store: Any, key: str, options: dict[str, str]) -> int:
