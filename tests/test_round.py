@@ -1,6 +1,5 @@
 """The rounding pass: every kind of site four ways at once, whole models, and where it must do nothing."""
 
-import re
 from statistics import mean
 
 import pytest
@@ -192,17 +191,10 @@ def family(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return t.ViTForImageClassification(config), {"pixel_values": pixels, "labels": torch.arange(4)}
 
 
-CANCELLING = {"bert": "pooler", "vit": "mlp|layernorm_after"}
-"""Parameters whose relative error is above 0.05 at 4 bits, up to 0.15, or above 5e-4 at 8, up to 7e-4, in these models. All
-[CLS] rows are then nearly equal, and the gradients that meet them add up to nearly zero: of ViT's fc2, four rows carry all
-of the gradient, and their sum has 0.2 of the square that it had without cancelling; 0.02, what 4 bits cost else, over 0.2
-is 0.1. (BERT's pooler reads four rows, which ``min_bytes`` keeps exact unless it is 0 as here.)"""
-
-
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_whole_models(name):
-    """Relative squared errors, mean of three draws: at 8 bits below 5e-4, at 4 bits below 0.05 in every parameter, except
-    those whose gradient is a sum of terms that nearly cancel (``CANCELLING``). Losses are equal to the bit."""
+    """Relative squared errors, mean of three draws: at 8 bits below 5e-4, at 4 bits below 0.05 in every parameter. Losses are
+    equal to the bit. (The largest is that of a weight of ViT whose gradient is a sum of terms that nearly cancel.)"""
     torch.manual_seed(0)
     model, batch = family(name)
     model.train()
@@ -222,14 +214,13 @@ def test_whole_models(name):
 
     loss, (exact,) = run("aot_eager_decomp_partition", draws=1)
     real = {n: g for n, g in exact.items() if g.square().mean() > 1e-16}  # (key biases have no gradient)
-    for bits, median, largest, cancelling, share in ((8, 2.5e-4, 5e-4, 7e-4, 0.6), (4, 0.02, 0.05, 0.15, 0.5)):
+    for bits, median, largest, share in ((8, 2.5e-4, 5e-4, 0.6), (4, 5e-3, 0.05, 0.5)):
         backend = Backend(**{**ROUNDED, "round_bits": bits, "round_fused_attention": True})
         rounded_loss, draws = run(backend)
         assert torch.equal(loss, rounded_loss)
         errors = {n: mean(measure.relative_error(d, {n: g}) for d in draws) for n, g in real.items()}
         assert mean(measure.relative_error(d, real) for d in draws) < median
-        limits = {n: cancelling if re.search(CANCELLING.get(name, "^$"), n) else largest for n in errors}
-        over = {n: e for n, e in errors.items() if e > limits[n]}
+        over = {n: e for n, e in errors.items() if e > largest}
         assert not over, f"{bits} bits: {over}"
         assert backend.ledger.saved_bytes < share * backend.ledger.saved_bytes_exact, backend.ledger.table()
 

@@ -73,17 +73,18 @@ def test_the_mean_is_exact(estimator, bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rounding_alone(bits):
     """At a ratio that keeps all 64 rows nothing but rounding is left: a grid of 2^bits - 1 steps between the extremes of 128
-    normal numbers, 5.2 standard deviations apart, has an error of (5.2 / (2^bits - 1))^2 / 6."""
+    normal numbers, 5.2 standard deviations apart, has an error of (5.2 / (2^bits - 1))^2 / 6 (/ 12 at 4 bits)."""
     model, batch = layers()
     found, recorder = run(model, batch, ratio=0.99, row_bits=bits)
     assert recorder.ledger.entries[0].kept == 64
-    expected = (5.2 / (2**bits - 1)) ** 2 / 6
-    assert 0.5 * expected < measure.relative_error(found, gradients(model, *batch)) < 2 * expected
+    expected = (5.2 / (2**bits - 1)) ** 2 / (6 if bits == 8 else 12)
+    assert 0.7 * expected < measure.relative_error(found, gradients(model, *batch)) < 1.4 * expected
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 1 / 4), (4, 1 / 8)])
 def test_ledger_and_graphs(bits, share):
-    """One draw for two layers; codes, scales and row index are all that is held; the rows are computed in the backward."""
+    """One draw for two layers; codes, scales, row index, and at 4 bits a key, are all that is held; the rows are computed in
+    the backward."""
     model, batch = layers()
     _, recorder = run(model, batch, row_bits=bits)
     first, second = recorder.ledger.entries
@@ -92,7 +93,7 @@ def test_ledger_and_graphs(bits, share):
         "early",
         kept,
         bits,
-        int(kept * 256 * 4 * share) + kept * 2 * 4 + kept * 8,
+        int(kept * 256 * 4 * share) + kept * 2 * 4 + kept * 8 + (8 if bits == 4 else 0),
     )
     assert second.bytes_now == 0
     assert f"{kept}/64 in {bits} bits" in recorder.ledger.table()

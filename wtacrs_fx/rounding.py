@@ -4,9 +4,18 @@ A value x of a group with smallest value l and largest value h is written on a g
 
     q = floor((x - l) / s + u),   s = (h - l) / (2^bits - 1),   u uniform in [0, 1),        x' = l + s q,
 
-so that ``E[x'] = x``, ``|x' - x| < s`` and ``Var[x'] <= s^2 / 4``. A group whose values are all equal, or take only two
-values, is written exactly. (Stochastic rounding of activations for the backward: Chen et al., ActNN, ICML 2021,
-arXiv 2104.14129, section 3.2; here the rounded tensors are operands that the gradient is linear in.)
+so that ``E[x'] = x``, ``|x' - x| < s`` and ``Var[x'] = s^2 f (1 - f)``, f being the place of x between two points of the grid:
+s^2 / 6 for a value anywhere. A group whose values are all equal, or take only two values, is written exactly. (Stochastic
+rounding of activations for the backward: Chen et al., ActNN, ICML 2021, arXiv 2104.14129, section 3.2; here the rounded tensors
+are operands that the gradient is linear in.)
+
+In 4 and 2 bits what was added is subtracted again (subtractive dither: Schuchman, IEEE Trans. Commun. Technol. 12, 1964),
+
+    x' = l + s (q + 1/2 - u),       E[x'] = x,   |x' - x| <= s / 2,   Var[x'] = s^2 / 12,
+
+half the noise in the same bits: the key of u is kept (8 bytes a tensor), and u is computed again. That puts noise into values
+that lie on the grid (the zeros of a ReLU, the tail of a softmax), so every group is written in the way of less variance.
+Which one depends on the group's values and not on u: the mean stays exact.
 
 Everything is written in plain elementwise operations and reductions over a group, so that a compiler computes it inside of
 the kernels that make and read the tensors. Integer arithmetic is in int32 where there are many numbers: that is what
@@ -25,6 +34,9 @@ BITS = (8, 4, 2)
 GROUP = 128
 """Neighbours along the last dimension that share a scale. A row that is no multiple of it is one group."""
 
+KEY_BYTES = 8
+"""Of the key of the random numbers that are subtracted again."""
+
 _TINY = 2.0**-126
 """Smallest step: that of a group of equal values, which is then written exactly, and of denormal ones."""
 
@@ -40,12 +52,14 @@ class Format:
             lowest value is rounded downwards and the step upwards, so that the grid still covers the group and the mean stays
             exact: steps are up to 1.2 % longer where a group holds both signs, more where its values are nearly equal. Groups
             of one or two values are then not exact: the error is below one step, as for others.
+        group: neighbours that share a scale; a row that is no multiple of it is one group.
     """
 
     bits: int
     low: float | None = None
     high: float | None = None
     scale_bits: int = 32
+    group: int = GROUP
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -62,13 +76,19 @@ class Format:
 
     @property
     def noise(self) -> float:
-        """Mean squared error of a value in squares of its group's range: s^2 / 6 for a step s, of a value anywhere between
-        two points of the grid."""
-        return 1 / (6 * self.levels**2)
+        """Mean squared error of a value in squares of its group's range: s^2 / 6, or s^2 / 12, for a step s, of a value
+        anywhere between two points of the grid."""
+        return 1 / ((12 if self.dithered else 6) * self.levels**2)
+
+    @property
+    def dithered(self) -> bool:
+        """Whether random numbers are subtracted again where that has less variance. (At 8 bits the noise is small as it is, and
+        computing them twice takes time.)"""
+        return self.bits < 8
 
     def groups(self, width: int) -> int:
         """Into how many groups a row of ``width`` values is cut."""
-        return width // GROUP if width and width % GROUP == 0 else 1
+        return width // self.group if width and width % self.group == 0 else 1
 
 
 def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
@@ -98,29 +118,40 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
     Args:
         x: floating point, at least one dimension, any strides; computed with in float32. A group with a NaN or an infinity
             becomes NaN as a whole; other groups are unharmed. Where the range is known there is no scale to say so: a NaN
-            becomes the lowest value, an infinity an end of the range. (Such tensors are derivatives of activation functions,
-            whose result is not finite then either, and is another factor of the same backward.)
+            becomes the lowest value, an infinity an end of the range, up to half a step. (Such tensors are derivatives of
+            activation functions, whose result is not finite then either, and is another factor of the same backward.)
         key: of :func:`uniform`.
         form: bits, and the range if it is known.
 
     Returns:
         codes, uint8, ``ceil(numel * bits / 8)`` of them; and, unless the range is known, lowest value and step of
-        every group, float32 ``[*shape[:-1], groups]``, or both in one int32 if they have 16 bits.
+        every group, float32 ``[*shape[:-1], groups]``, or both in one int32 if they have 16 bits; and, in less than 8 bits,
+        the key. There the step is negative in groups whose random numbers are subtracted again; in a known range all are.
     """
     value = x.to(torch.float32)
     if form.low is not None and form.high is not None:
-        return (_codes((value - form.low) * (form.levels / (form.high - form.low)), key, form),)
+        codes = _codes((value - form.low) * (form.levels / (form.high - form.low)), key, form)
+        return (codes, key) if form.dithered else (codes,)
     groups = form.groups(x.shape[-1])
     if not x.numel():  # (an empty group has no extremes)
         low = value.new_zeros(*x.shape[:-1], groups)
-        return _codes(value, key, form), *_write_scales(low, low, form)
+        return _written(_codes(value, key, form), low, low, key, form)
     grouped = value.reshape(*x.shape[:-1], groups, -1)
     low = grouped.amin(-1)
     low = _upper_half(low, upwards=False) if form.scale_bits == 16 else low
     step = ((grouped.amax(-1) - low) * (1 / form.levels)).clamp_min(_TINY)
     step = _upper_half(step, upwards=True) if form.scale_bits == 16 else step
-    codes = _codes((value - _spread(low, x.shape)) * _spread(step.reciprocal(), x.shape), key, form)
-    return codes, *_write_scales(low, step, form)
+    scaled = (value - _spread(low, x.shape)) * _spread(step.reciprocal(), x.shape)
+    codes = _codes(scaled, key, form)
+    if form.dithered:
+        place = (scaled - scaled.floor()).reshape(grouped.shape)
+        step = torch.where((place * (1 - place)).mean(-1) > 1 / 12, -step, step)
+    return _written(codes, low, step, key, form)
+
+
+def _written(codes: Tensor, low: Tensor, step: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
+    scales = _write_scales(low, step, form)
+    return (codes, *scales, key) if form.dithered else (codes, *scales)
 
 
 def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
@@ -152,16 +183,19 @@ def _read_scales(written: Sequence[Tensor], form: Format) -> tuple[Tensor, ...]:
 def written_bytes(shape: Sequence[int], form: Format) -> int:
     """Bytes of what :func:`quantise` returns for a tensor of this shape."""
     scales = 0 if form.low is not None else form.scale_bits // 4 * form.groups(shape[-1]) * math.prod(shape[:-1])
-    return -(-math.prod(shape) * form.bits // 8) + scales
+    return -(-math.prod(shape) * form.bits // 8) + scales + (KEY_BYTES if form.dithered else 0)
 
 
 def dequantise(written: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, form: Format) -> Tensor:
     """The tensor that :func:`quantise` has written, of the given shape and type."""
     codes = unpack(written[0], shape, form.bits)
+    dither = 0.5 - uniform(written[-1], shape) if form.dithered else 0.0
     if form.low is not None and form.high is not None:
-        return (codes * ((form.high - form.low) / form.levels) + form.low).to(dtype)
-    low, step = _read_scales(written[1:], form)
-    return (codes * _spread(step, shape) + _spread(low, shape)).to(dtype)
+        return ((codes + dither) * ((form.high - form.low) / form.levels) + form.low).to(dtype)
+    low, step = (_spread(scale, shape) for scale in _read_scales(written[1:-1] if form.dithered else written[1:], form))
+    if form.dithered:
+        codes, step = codes + torch.where(step < 0, dither, 0.0), step.abs()
+    return (codes * step + low).to(dtype)
 
 
 def _spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
