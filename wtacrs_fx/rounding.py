@@ -13,9 +13,9 @@ In 4 and 2 bits what was added is subtracted again (subtractive dither: Schuchma
 
     x' = l + s (q + 1/2 - u),       E[x'] = x,   |x' - x| <= s / 2,   Var[x'] = s^2 / 12,
 
-half the noise in the same bits: the key of u is kept (8 bytes a tensor), and u is computed again. That puts noise into values
-that lie on the grid (the zeros of a ReLU, the tail of a softmax), so every group is written in the way of less variance.
-Which one depends on the group's values and not on u: the mean stays exact.
+half the noise in the same bits: the key of u is kept (8 bytes a tensor), and u is computed again. That would put noise into
+values that lie on the grid: groups that start at zero (``0 <= l < s``: of a ReLU, a softmax, a mask), where many do, are
+written without. Which way depends on the group's values and not on u: the mean stays exact.
 
 Everything is written in plain elementwise operations and reductions over a group, so that a compiler computes it inside of
 the kernels that make and read the tensors. Integer arithmetic is in int32 where there are many numbers: that is what
@@ -144,8 +144,7 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
     scaled = (value - _spread(low, x.shape)) * _spread(step.reciprocal(), x.shape)
     codes = _codes(scaled, key, form)
     if form.dithered:
-        place = (scaled - scaled.floor()).reshape(grouped.shape)
-        step = torch.where((place * (1 - place)).mean(-1) > 1 / 12, -step, step)
+        step = torch.where((low >= 0) & (low < step), step, -step)
     return _written(codes, low, step, key, form)
 
 
