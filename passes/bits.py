@@ -175,7 +175,7 @@ def _form(shared: Shared, config: Config) -> Format:
     """Twice the bits for attention's operands and its result, whose gradients are small differences of large numbers, and for
     what is normalised: two D-wide tensors of a transformer's layer, of twelve or more, which every gradient before it passes.
     (At 4 bits that costs 0.015 of exact training's bytes in a BERT of two layers, and the squared error of its gradients falls
-    to an eighth.) Scales of 16 bits for half as many neighbours where few bits are asked for: the same bytes, and the noise of
+    to an eighth.) Scales of 16 bits for half as many neighbours where few bits are asked for: as many bytes, and the noise of
     a gated unit's product falls by a third, since its outliers spoil fewer values, of normal numbers by a sixth. Of 8-bit codes
     steps that are 1 % longer showed (5.2e-4 for 5e-4 in one weight of a BERT); there only what is normalised has the small
     groups. Of known range where the tensor is a bare derivative: the factor of a product of the same operation's backward."""
