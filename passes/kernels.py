@@ -36,7 +36,7 @@ _POINTWISE = frozenset((
     prims.inductor_random.default, prims.inductor_lookup_seed.default,
 ))  # fmt: skip
 
-_COSTLY = (aten.exp.default, aten.sigmoid.default)
+COSTLY = (aten.exp.default, aten.sigmoid.default)
 """What Inductor does not compute again on CPU for every reader."""
 
 
@@ -137,7 +137,7 @@ def is_library_call(node: Node) -> bool:
 
 def is_costly(node: Node) -> bool:
     """Whether Inductor rather writes the value to memory than computes it in several kernels."""
-    return node.target in _COSTLY and bool(node.meta["val"].device.type == "cpu")
+    return node.target in COSTLY and bool(node.meta["val"].device.type == "cpu")
 
 
 def buffer_bytes(node: Node) -> int:

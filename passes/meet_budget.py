@@ -55,8 +55,7 @@ def finish(work: "Work", planner: Planner, plan: Plan, goal: Goal) -> "Work":
     least = planner.least_peak(math.inf)
     tried: list[tuple[float, Work]] = []
     for _ in range(REPLANS):
-        reasons = part_reasons(planner, plan, goal)
-        attempt = carry_out(work, plan, reasons)
+        attempt = carry_out(work, plan, part_reasons(planner, plan, goal))
         reached = attempt.predicted()
         tried.append((goal.missed_by(reached), attempt))
         if tried[-1][0] <= 0:
@@ -80,14 +79,14 @@ def carry_out(work: "Work", plan: Plan, reasons: Sequence[str]) -> "Work":
 def with_more_bits(work: "Work", planner: Planner, plan: Plan, attempt: "Work", goal: Goal) -> "Work":
     """The attempt at a plan that meets the budget; or one in which some tensors have more bits or are kept as they are, if
     that meets it too and is less noisy. What a budget asks to be least may become larger by :data:`CLOSE`."""
+    if not plan.rounded:
+        return attempt
     reached = attempt.predicted()
     limit = Goal(
         peak=goal.peak if goal.peak < math.inf else CLOSE * reached.peak,
         seconds=goal.seconds if goal.seconds < math.inf else CLOSE * reached.seconds,
     )
     planned = limit.after(plan, reached)
-    if not plan.rounded:
-        return attempt
     quieter = finer(plan, lambda p: planned.missed_by(p) <= 0, planner.simulate)
     if quieter is plan:
         return attempt

@@ -19,6 +19,11 @@ SMALL = {"min_rows": 1, "min_bytes": 0, "memory_budget": None}
 """Options that admit the tiny layers of the tests."""
 
 
+SIZE = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
+LLAMA = {**SIZE, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
+"""Of the configs of Hugging Face."""
+
+
 class Recorder:
     """An eager-inner backend that keeps the graphs: before (joint), after (forward, backward)."""
 

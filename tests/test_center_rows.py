@@ -75,12 +75,13 @@ def test_equal_rows_are_exact():
         torch.testing.assert_close(moments.mean(name).float(), value, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("taken_out", [{"center_rows": True}, {"directions": 8}], ids=["mean", "directions"])
 @pytest.mark.parametrize("late", ["sample", "exact"])
-def test_bytes_are_those_held(late):
-    """A mean row a draw is held too."""
+def test_bytes_are_those_held(late, taken_out):
+    """A mean row a draw is held too, and directions with their coefficients."""
     torch._dynamo.reset()
     model, batch = Transformer(width=128), transformer_batch(width=128)
-    backend = Backend(**{**SMALL, "ratio": 0.3, "inner": "eager", "late": late, "center_rows": True, "row_bits": 4})
+    backend = Backend(**{**SMALL, "ratio": 0.3, "inner": "eager", "late": late, **taken_out, "row_bits": 4})
     compiled = torch.compile(model, backend=backend)
     with measure.held(model) as held:
         loss = compiled(*batch)

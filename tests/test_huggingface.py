@@ -16,11 +16,9 @@ from wtacrs_fx import Backend, backend
 from wtacrs_fx.huggingface import WtacrsCallback
 from wtacrs_fx.ledger import Ledger
 
-from helpers import SMALL, gradients
+from helpers import LLAMA, SIZE, SMALL, gradients
 
 KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
-SIZE = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
-LLAMA = {**SIZE, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0}
 
 
 ARCHITECTURES = ("BERT", "RoBERTa", "T5", "GPT-2", "OPT", "Llama", "Qwen2", "ViT", "Whisper", "Mixtral")

@@ -6,19 +6,9 @@ import transformers
 
 from wtacrs_fx import Backend
 
-from helpers import SMALL
+from helpers import LLAMA, SMALL
 
-CONFIG = transformers.LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_attention_heads=2,
-    num_hidden_layers=1,
-    intermediate_size=64,
-    num_key_value_heads=1,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    use_cache=False,
-)
+CONFIG = transformers.LlamaConfig(**LLAMA, use_cache=False)
 
 
 def conversations(n=24):

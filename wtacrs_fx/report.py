@@ -184,9 +184,8 @@ def _breaks(breaks: Iterable[GraphBreak], graphs: Sequence[Ledger]) -> tuple[str
         where = f"{frame.filename}:{frame.lineno}" if frame else "unknown place"
         lines.append(f"  {where}: {reason.reason.splitlines()[0]}")
     for number, graph in enumerate(graphs, 1):
-        sites = [
-            Saved(e.module, e.op, e.shape, e.dtype) for e in reversed(graph.entries)
-        ]  # in the order of the forward
+        in_forward = reversed(graph.entries)
+        sites = [Saved(e.module, e.op, e.shape, e.dtype) for e in in_forward]
         layers = ", ".join(map(title, fold(layers_of([t for t in (*sites, *graph.tensors) if t.module]))))
         lines.append(
             f"  graph {number} holds: exact {format_bytes(graph.saved_bytes_exact)}, now {format_bytes(graph.saved_bytes)}"

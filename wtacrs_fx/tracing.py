@@ -124,8 +124,7 @@ class _TensorsCopiedBy(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
-            with torch._C.DisableTorchFunction():
-                return self.function(args[0])
+            return self.function(args[0])
         return func(*args, **(kwargs or {}))
 
 
