@@ -1,4 +1,4 @@
-"""Relative squared error of weight gradients: estimator x source of the gradient's norms x bits, on four kinds of batches.
+"""Relative squared error of weight gradients: estimator x source of the gradient's norms x bits, on five kinds of batches.
 
     python -m wtacrs_fx.benchmarks.variance --out benchmarks/results
 

