@@ -122,7 +122,7 @@ class Goal:
         assert budget is not None
         if budget == "auto":
             return cls(seconds=exact.seconds)
-        return cls(peak=int(budget * exact.peak) if isinstance(budget, float) else parse_bytes(budget))
+        return cls(peak=max(1, int(budget * exact.peak)) if isinstance(budget, float) else parse_bytes(budget))
 
     def plan(self, planner: Planner) -> Plan | None:
         """The plan asked for; None if there is none."""

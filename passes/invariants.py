@@ -1,12 +1,13 @@
 """Check a sampled partition: a draw is one unit, made in the forward, read in the backward."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.errors import InvariantError
-from wtacrs_fx.passes.kinds import ancestors
+from wtacrs_fx.passes.kinds import ancestors, draws
 from wtacrs_fx.passes.policy import Action, Decision
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.sever import is_saved, saved_tensors
@@ -63,6 +64,24 @@ def check_partition(
                 raise InvariantError(f"wtacrs: the kept rows of {module} are computed from {sorted(sources)}.")
     if len(saved) != len([n for n in placeholders.values() if is_saved(n)]):
         raise InvariantError("wtacrs: the forward and the backward disagree about the number of saved tensors.")
+
+
+def check_draws(joint: GraphModule, forward: GraphModule, backward: GraphModule) -> None:
+    """Raise unless every operation that draws random numbers (dropout's masks, above all) runs as often as in the joint graph,
+    and in one of the two graphs: else the gradients would be those of other masks.
+
+    Raises:
+        InvariantError: naming the operation.
+    """
+    known, first, again = (
+        {n.name: str(n.target) for n in g.graph.nodes if draws(n) and n.target.namespace != "wtacrs"}
+        for g in (joint, forward, backward)
+    )
+    counts = Counter(first.values())
+    counts.update(again.values())
+    more = {n for n, op in (first | again).items() if counts[op] > Counter(known.values())[op]}
+    if both := sorted(again.keys() & (first.keys() | more)):
+        raise InvariantError(f"wtacrs: {both} of the backward would be drawn anew, other than in the forward.")
 
 
 def _calls(graph: Graph, target: OpOverload) -> set[str]:

@@ -5,6 +5,7 @@ from enum import IntEnum
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from wtacrs_fx.private import OpOverload, inductor_prims  # noqa: F401  (registers torch.ops.prims.inductor_random and its seeds)
 
@@ -71,6 +72,11 @@ def is_drawn_mask(node: Node) -> bool:
     if getattr(node.meta.get("val"), "dtype", None) is not torch.bool:
         return False
     return any(draws(n) and is_tensor(n) and n.meta["val"].is_floating_point() for n in node.all_input_nodes)
+
+
+def runs_once(node: Node) -> bool:
+    """Whether the node is marked as one that nothing may run a second time (torch's mark, which its partitioner heeds)."""
+    return node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE
 
 
 def ancestors(nodes: Iterable[Node], through: Callable[[Node], bool] = lambda node: True) -> set[Node]:

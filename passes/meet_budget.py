@@ -100,5 +100,8 @@ def exactly(work: "Work") -> "Work":
     """The exact partition, where every other one takes more."""
     exact = copy.copy(work)
     exact.plan = [d if d.action is Action.EXACT else d.to(Action.EXACT, NO_GAIN) for d in work.plan]
-    exact.best, exact.known, exact.done = work.exact, (work.exact, work.prediction), Sampled()
+    if work.users:  # (torch's own partition would draw their dropout again, from a saved state of the generator)
+        exact.cut_as_planned()
+    else:
+        exact.best, exact.known, exact.done = work.exact, (work.exact, work.prediction), Sampled()
     return exact

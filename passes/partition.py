@@ -90,18 +90,20 @@ def explore(
 ) -> tuple[Prediction, list[tuple[str, Plan, bool]]]:
     """Plans of least predicted time for a range of peaks: (prediction of the exact partition, [(arm, plan, chosen)])."""
     config = take_region_budget(joint.graph, config)
-    config = replace(config, memory_budget=config.memory_budget or 1.0)  # 1.0: torch's own budget is off, nothing more
+    planned = config.memory_budget is not None
+    config = config if planned else replace(config, memory_budget=1.0)  # torch's own budget is off, nothing more
     cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     sampled = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
     exact = replace(sampled, plan=decide(sampled.sites, replace(config, ratio=1.0, row_bits=None)))
     result: list[tuple[str, Plan, bool]] = []
     for arm, work in (("exact", exact), ("sampled", sampled)):
-        work.first_cut()
+        work.cut_as_planned()
         planner = work.planners()[0 if work is exact else -1]  # (the last one rounds)
         keep, least = planner.keep, planner.least_peak(math.inf)
         step = (keep.peak - least.peak) / max(1, points - 1)
         plans = [keep, *(planner.fastest(int(keep.peak - i * step)) for i in range(1, points - 1)), least]
-        chosen = (Goal.of(config, work.prediction).plan(planner) or least) if work is sampled else None
+        asked = (Goal.of(config, work.prediction).plan(planner) or least) if planned else keep
+        chosen = asked if work is sampled else None
         distinct = {p.peak: p for p in (*plans, chosen) if p is not None}
         result += [(arm, distinct[p], distinct[p] is chosen) for p in sorted(distinct, reverse=True)]
     return sampled.prediction, result

@@ -27,7 +27,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.passes.bits import Substitute, paying
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts
-from wtacrs_fx.passes.kinds import draws, is_drawn_mask
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask, runs_once
 from wtacrs_fx.passes.liveness import AT_ONCE, DEFAULT, MemoryOptions, Timeline, timeline
 from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, quietest, results_of
 from wtacrs_fx.passes.policy import view_base
@@ -190,7 +190,9 @@ class Planner:
     def choices(self, segment: Segment) -> list[Choice]:
         """Keep; recompute all; recompute all but the tensors that save most time per byte, one kind more at a time."""
         inside = frozenset(
-            n for n in segment.nodes if n not in segment.handed_on and not draws(n) and not is_drawn_mask(n)
+            n
+            for n in segment.nodes
+            if n not in segment.handed_on and not draws(n) and not is_drawn_mask(n) and not runs_once(n)
         )
         result = [Choice(segment), Choice(segment, inside)]
         kept: tuple[Node, ...] = ()

@@ -15,12 +15,15 @@ without dropout), are not needed. Operations that draw random numbers are never 
 import operator
 from collections.abc import Collection, Mapping
 
+import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from wtacrs_fx.passes.kinds import draws, is_drawn_mask
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask, runs_once
+from wtacrs_fx.passes.policy import is_view
 from wtacrs_fx.passes.schedule import pending
 from wtacrs_fx.passes.segments import forward_nodes
+from wtacrs_fx.passes.sites import primals
 
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
@@ -38,11 +41,11 @@ def recompute(graph: Graph, num_fwd_outputs: int, nodes: Collection[Node], saved
 
     Returns: how many nodes were copied; those that the backward does not ask for are not.
     """
-    for node in saved:
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     forward = set(forward_nodes(graph, num_fwd_outputs))
     position = {n: i for i, n in enumerate(graph.nodes)}
-    wanted = {n for n in nodes if n in forward and not draws(n)}
+    wanted = {n for n in nodes if n in forward and not draws(n) and not runs_once(n)}
+    for node in saved:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     wanted -= {n for n in wanted if n.target is operator.getitem and n.args[0] not in wanted}
     copier = _Copier(graph, wanted, position)
     for reader in list(graph.nodes):
@@ -81,6 +84,30 @@ def protect_draws(graph: Graph) -> int:
     for node in drawing:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return len(drawing)
+
+
+def protect_readers_of_mutated(graph: Graph, num_fwd_outputs: int) -> int:
+    """Forbid to run again what reads an input that the forward changes in place (a buffer): in the backward it would read what
+    the input was changed to. Returns how many nodes there are.
+
+    Inductor's graphs change inputs by a ``copy_`` at their end; else AOTAutograd does it behind the forward, and describes
+    the new value among the outputs.
+    """
+    changed = {n.args[0] for n in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)}
+    descriptions = graph.output_node().meta.get("desc") or ()
+    described = [d.mutated_input for d in descriptions if hasattr(d, "mutated_input")]
+    stack = [n for n in primals(graph) if n in changed or n.meta.get("desc") in described]
+    forward, readers = set(forward_nodes(graph, num_fwd_outputs)) if stack else set(), set[Node]()
+    while stack:
+        for user in stack.pop().users:
+            if user in forward and user not in readers:
+                if is_view(user):
+                    stack.append(user)
+                else:
+                    readers.add(user)
+    for node in readers:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return len(readers)
 
 
 def take_user_regions(graph: Graph) -> set[Node]:

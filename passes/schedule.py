@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from wtacrs_fx.passes.kinds import draws, is_tangent
+from wtacrs_fx.passes.kinds import draws, is_tangent, runs_once
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
 from wtacrs_fx.passes.unfold import find_late_sums
@@ -33,7 +33,7 @@ class JointOrder:
         self.outputs = [v for v in graph_outputs(graph)[num_fwd_outputs:] if isinstance(v, Node)]
         self.after_tangents = [u for t in graph.find_nodes(op="placeholder") if is_tangent(t) for u in t.users]
         self._inputs = {n: n.all_input_nodes for n in graph.nodes}
-        self._in_memory = {n for n in graph.nodes if n.op != "call_function" or _drawn(n)}
+        self._in_memory = {n for n in graph.nodes if n.op != "call_function" or _once(n)}
         self._late = {n for late in find_late_sums(graph) if not late.shrinks for n in late.chain}
 
     def backward(self, saved: Collection[Node]) -> Backward:
@@ -72,10 +72,10 @@ class JointOrder:
         return needed, reads
 
 
-def _drawn(node: Node) -> bool:
-    """Whether the node is a random number, or one of several results of an operation that draws: never computed twice."""
+def _once(node: Node) -> bool:
+    """Whether the node is never computed twice: a random number, or what is marked; or one of several results of such."""
     source = node.args[0] if node.target is operator.getitem else node
-    return isinstance(source, Node) and draws(source)
+    return isinstance(source, Node) and (draws(source) or runs_once(source))
 
 
 def pending(node: Node, among: Collection[Node], done: Collection[Node], position: Mapping[Node, int]) -> list[Node]:

@@ -18,7 +18,7 @@ from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.costly import spread_costly
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.factors import find_factors, share
-from wtacrs_fx.passes.invariants import check_partition
+from wtacrs_fx.passes.invariants import check_draws, check_partition
 from wtacrs_fx.passes.joint_graph import copy_joint, padding_placeholder, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.layouts import relaid_weights
@@ -28,7 +28,7 @@ from wtacrs_fx.passes.pack import Packed, pack_masks
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
-from wtacrs_fx.passes.recompute import protect_draws, recompute, take_user_regions
+from wtacrs_fx.passes.recompute import protect_draws, protect_readers_of_mutated, recompute, take_user_regions
 from wtacrs_fx.passes.round import Rounding, round_factors
 from wtacrs_fx.passes.sample import Sampled, sample
 from wtacrs_fx.passes.seeds import split_seeds
@@ -87,6 +87,7 @@ class Work:
         joint.graph.eliminate_dead_code()
         joint.graph = fx_graph_cse(joint.graph)  # one node per value, so that sites that share an input share its node
         protect_draws(joint.graph)
+        protect_readers_of_mutated(joint.graph, num_fwd_outputs)
         exact = cut(copy_joint(joint)[0], num_fwd_outputs)
         users = take_user_regions(joint.graph)
         with watch("split_convolutions", joint.graph, config.verbose):
@@ -130,7 +131,7 @@ class Work:
         """Cut with everything late; decide on recomputation; settle."""
         budget = self.config.memory_budget is not None
         if budget or self.users or any(d.action is not Action.EXACT for d in self.plan):
-            self.first_cut()
+            self.cut_as_planned()
             if budget:
                 vars(self).update(vars(meet_budget(self)))
             else:
@@ -143,6 +144,7 @@ class Work:
             self.packed = pack_masks(*self.best, self.num_fwd_outputs, self.config.min_bytes)
             self.known = None
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
+        check_draws(self.joint, *self.best)
         for module in self.best:
             with watch("split_seeds", module.graph, self.config.verbose):
                 split_seeds(module.graph)
@@ -201,8 +203,8 @@ class Work:
     def _held(self, partition: Partition) -> int:
         return saved_bytes(partition[0], self.num_fwd_outputs, self.in_memory)
 
-    def first_cut(self) -> None:
-        """Sample as first decided, and cut."""
+    def cut_as_planned(self) -> None:
+        """Sample as decided, and cut."""
         self.best, self.done, self.uncut = self._attempt(self.plan)
 
     def planners(self) -> list[Planner]:

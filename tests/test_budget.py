@@ -85,6 +85,13 @@ class TestOption:
             call(*batch).backward()
         assert backend.ledger.predicted.peak < 0.5 * backend.ledger.predicted_exact.peak
 
+    def test_a_share_below_one_byte(self):
+        """As a region's share of 0 is, of a tiny model."""
+        _, batch, call, backend = compiled_transformer(memory_budget=1e-9, ratio=1.0, layers=1)
+        with pytest.warns(WtacrsWarning, match="memory_budget=1e-09: the least peak"):
+            call(*batch).backward()
+        assert backend.ledger.predicted.peak < backend.ledger.predicted_exact.peak
+
     def test_bytes_above_the_need_change_nothing(self):
         _, batch, call, backend = compiled_transformer(memory_budget="4GiB", ratio=1.0)
         call(*batch).backward()

@@ -30,6 +30,14 @@ def test_exact_and_sampled_plans():
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
 
 
+def test_without_a_budget_nothing_is_recomputed():
+    model, batch = model_and_batch()
+    found = wtacrs_fx.frontier(model, batch, points=2, ratio=0.1, **SMALL)
+    (chosen,) = [p for p in found.points if p.chosen]
+    assert chosen == max((p for p in found.points if p.arm == "sampled"), key=lambda p: p.peak)
+    assert chosen.peak < found.exact.peak
+
+
 def test_bad_input():
     model, batch = model_and_batch()
     with pytest.raises(ValueError, match="points=0"):
