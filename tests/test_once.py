@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import operator
 
 import pytest
 import torch
@@ -136,3 +137,40 @@ def test_regions_that_leave_too_little_to_choose(budget):
     assert len(caught) == 1
     assert backend.ledger.predicted.peak > 20 * 1024
     assert backend.ledger.predicted.peak > 0.05 * backend.ledger.predicted_exact.peak
+
+
+FUSED = [
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+@pytest.mark.parametrize("op", FUSED, ids=lambda op: op.name().rpartition("_dot_product_")[2])
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_fused_attention_with_dropout(op, dropout):
+    """The masks of CUDA's kernels are made inside of them: with dropout their results are never computed again, without it they
+    may be."""
+    graph = torch.fx.Graph()
+    x, tangent = (graph.placeholder(n) for n in ("primals_1", "tangents_1"))
+    q = graph.call_function(aten.sin.default, (x,))
+    names = [a.name for a in op._schema.arguments]
+    given = {"query": q, "key": q, "value": q, "attn_bias": None, "compute_log_sumexp": True, "dropout_p": dropout}
+    attention = graph.call_function(op, tuple(given[n] for n in names[: names.index("dropout_p") + 1]))
+    out = graph.call_function(operator.getitem, (attention, 0))
+    loss = graph.call_function(aten.sum.default, (out,))
+    gradient = graph.call_function(aten.mul.Tensor, (tangent, out))
+    graph.output((loss, gradient))
+    for node in (x, tangent, q, out, loss, gradient):
+        node.meta["val"] = torch.empty(1, 1, 4, 8)
+    attention.meta["val"] = (out.meta["val"],)
+    recompute.protect_draws(graph)
+    found = schedule.JointOrder(graph, 1).backward(set())
+    done = recompute.recompute(graph, 1, {q, attention, out})
+    fused = graph.find_nodes(op="call_function", target=op)
+    if dropout:
+        assert (attention in found.nodes, done, len(fused)) == (False, 0, 1)
+        assert gradient.args[1] is out
+    else:
+        assert (attention in found.nodes, done, len(fused)) == (True, 3, 2)
+        assert gradient.args[1] is not out
