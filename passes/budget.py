@@ -19,7 +19,7 @@ from wtacrs_fx.passes.liveness import MemoryOptions, module_timeline
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import CLOSE, Plan, quietest
 from wtacrs_fx.passes.segments import find_segments
-from wtacrs_fx.passes.sites import primals
+from wtacrs_fx.passes.sites import module_of, primals
 from wtacrs_fx.private import inductor_config, tree_leaves
 from wtacrs_fx.units import format_bytes, parse_bytes
 
@@ -63,6 +63,17 @@ def predict(partition: Partition, weights: Collection[str], device: Roofline, op
         seconds=forward.seconds(device, facts) + backward.seconds(device, facts),
         flops=sum(facts.flops(n) for g in partition for n in g.graph.nodes),
     )
+
+
+def peak_place(partition: Partition, weights: Collection[str], options: MemoryOptions) -> str:
+    """Where the peak of :func:`predict` is, in words: "in the backward of blocks.1.up"."""
+    facts, places = Facts(), []
+    for module, backward in zip(partition, (False, True)):
+        line = module_timeline(module.graph, weights, backward=backward, facts=facts, options=options)
+        for kernel, live, gradients in zip(line.kernels, line.live, line.resident):
+            places.append((live - gradients * backward, module_of(kernel.node), "backward" if backward else "forward"))
+    _, name, half = max(places, key=lambda place: place[0], default=(0, "", "forward"))
+    return f"in the {half}{' of ' * bool(name)}{name}"
 
 
 def roofline_of(graph: Graph) -> Roofline:
@@ -189,12 +200,13 @@ def take_region_budget(graph: Graph, config: Config) -> Config:
     return replace(config, memory_budget=max(shares[0], MIN_SHARE))
 
 
-def report_miss(reached: Prediction, held: int, exact: Prediction, config: Config, fixed: bool) -> None:
+def report_miss(reached: Prediction, held: int, place: str, exact: Prediction, config: Config, fixed: bool) -> None:
     """Say that the budget cannot be met, and what holds the memory.
 
     Args:
         reached: the least peak.
         held: bytes held between forward and backward then.
+        place: where it is, as :func:`peak_place` says.
         exact: prediction for the exact partition.
         config: with the budget.
         fixed: whether regions that the user marked leave less to choose; then a plan above the budget is not an error.
@@ -205,8 +217,8 @@ def report_miss(reached: Prediction, held: int, exact: Prediction, config: Confi
     budget = config.memory_budget
     message = (
         f"memory_budget={budget!r}: the least peak of activations that this graph can have is {format_bytes(reached.peak)} "
-        f"({reached.peak / exact.peak:.2f} of the exact partition's {format_bytes(exact.peak)}); {format_bytes(held)} of "
-        f"it are held between forward and backward, the rest is the working memory of one segment"
+        f"({reached.peak / exact.peak:.2f} of the exact partition's {format_bytes(exact.peak)}), {place}; {format_bytes(held)} "
+        "are held between forward and backward, the rest is what is computed there"
         + (", and regions of torch.utils.checkpoint leave less to choose." if fixed else ".")
     )
     if not isinstance(budget, float) and not fixed:

@@ -44,7 +44,9 @@ def meet_budget(work: "Work") -> "Work":
         found = [w for w in found if no_larger(w.predicted(), work.prediction)] or [exactly(work)]
     best = goal.best(found, lambda w: w.predicted(), lambda w: w.noise())
     if goal.missed_by(best.predicted()) > 0 and goal.peak < math.inf:
-        report_miss(best.predicted(), best.held_bytes(), work.prediction, work.config, bool(work.users))
+        report_miss(
+            best.predicted(), best.held_bytes(), best.peak_place(), work.prediction, work.config, bool(work.users)
+        )
     return best
 
 

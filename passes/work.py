@@ -12,7 +12,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.account import saved_bytes
 from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
-from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, memory_options, predict, roofline_of
+from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, memory_options, peak_place, predict, roofline_of
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.costly import spread_costly
@@ -232,9 +232,15 @@ class Work:
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
         if self.known is None or self.known[0] is not self.best:
-            ordered = bool(self.recomputed or self.roundings)
-            self.known = self.best, predict(self.best, self.in_memory, self.device, self._options(ordered))
+            self.known = self.best, predict(self.best, self.in_memory, self.device, self._options_now())
         return self.known[1]
+
+    def peak_place(self) -> str:
+        """Where the best partition so far has its peak, in words."""
+        return peak_place(self.best, self.in_memory, self._options_now())
+
+    def _options_now(self) -> MemoryOptions:
+        return self._options(bool(self.recomputed or self.roundings))
 
     def recompute_as(self, plan: Plan, reasons: Sequence[str]) -> None:
         """From now on recompute what a plan says, for these reasons."""

@@ -75,7 +75,7 @@ class TestOption:
 
     def test_bytes_that_no_plan_can_meet(self):
         _model, batch, call, _ = compiled_transformer(memory_budget="200KiB")
-        message = r"BudgetError: memory_budget='200KiB': the least peak.* MiB .*held between.*Raise the budget"
+        message = r"BudgetError: memory_budget='200KiB': the least peak.* MiB .*in the forward of blocks\.3.*held between.*Raise the budget"
         with pytest.raises(BackendCompilerFailed, match=message):
             call(*batch)
 
