@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
@@ -18,9 +18,11 @@ from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.liveness import MemoryOptions, module_timeline
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import CLOSE, Plan, quietest
+from wtacrs_fx.passes.saved import storage
 from wtacrs_fx.passes.segments import find_segments
-from wtacrs_fx.passes.sites import primals
-from wtacrs_fx.private import inductor_config, tree_leaves
+from wtacrs_fx.passes.sever import is_saved, saved_tensors
+from wtacrs_fx.passes.sites import graph_outputs, primals
+from wtacrs_fx.private import functorch_config, inductor_config, tree_leaves
 from wtacrs_fx.units import format_bytes, parse_bytes
 
 Partition = tuple[GraphModule, GraphModule]
@@ -50,11 +52,13 @@ def memory_options(config: Config, *, ordered: bool = False, sampled: bool = Fal
     return MemoryOptions(*(bool(options.get(n, getattr(inductor_config, n))) for n in names))
 
 
-def predict(partition: Partition, weights: Collection[str], device: Roofline, options: MemoryOptions) -> Prediction:
+def predict(
+    partition: Partition, num_fwd_outputs: int, weights: Collection[str], device: Roofline, options: MemoryOptions
+) -> Prediction:
     """Peak, time and FLOPs of a partition, from its two graphs."""
-    facts = Facts()
+    facts, donated = Facts(), donated_tensors(partition, num_fwd_outputs)
     forward, backward = (
-        module_timeline(g.graph, weights, backward=b, facts=facts, options=options)
+        module_timeline(g.graph, weights, backward=b, facts=facts, options=options, donated=donated)
         for g, b in zip(partition, (False, True))
     )
     return Prediction(
@@ -63,6 +67,18 @@ def predict(partition: Partition, weights: Collection[str], device: Roofline, op
         seconds=forward.seconds(device, facts) + backward.seconds(device, facts),
         flops=sum(facts.flops(n) for g in partition for n in g.graph.nodes),
     )
+
+
+def donated_tensors(partition: Partition, num_fwd_outputs: int) -> set[str]:
+    """Names of the backward's inputs that are its own: saved tensors that share no memory with what the forward was given or
+    returns to its caller. AOTAutograd donates these, and Inductor may write over them."""
+    if not getattr(functorch_config, "donated_buffer", False):
+        return set()
+    forward, backward = partition
+    visible = [v for v in graph_outputs(forward.graph)[:num_fwd_outputs] if isinstance(v, Node)]
+    taken = {storage(n) for n in (*forward.graph.find_nodes(op="placeholder"), *visible)}
+    pairs = zip(saved_tensors(forward, num_fwd_outputs), filter(is_saved, backward.graph.nodes))
+    return {placeholder.name for node, placeholder in pairs if storage(node) not in taken}
 
 
 def roofline_of(graph: Graph) -> Roofline:

@@ -120,7 +120,9 @@ class Work:
         relaid = relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
         self.relaid: set[str] = relaid
         self.in_memory = self.weights - self.relaid
-        self.prediction = predict(self.exact, self.in_memory, self.device, memory_options(self.config))
+        self.prediction = predict(
+            self.exact, self.num_fwd_outputs, self.in_memory, self.device, memory_options(self.config)
+        )
 
     @property
     def has_products(self) -> bool:
@@ -233,7 +235,10 @@ class Work:
         """Of the best partition so far."""
         if self.known is None or self.known[0] is not self.best:
             ordered = bool(self.recomputed or self.roundings)
-            self.known = self.best, predict(self.best, self.in_memory, self.device, self._options(ordered))
+            self.known = (
+                self.best,
+                predict(self.best, self.num_fwd_outputs, self.in_memory, self.device, self._options(ordered)),
+            )
         return self.known[1]
 
     def recompute_as(self, plan: Plan, reasons: Sequence[str]) -> None:
