@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import BudgetError, WtacrsWarning
@@ -15,12 +15,14 @@ from wtacrs_fx.inductor import options_for
 from wtacrs_fx.ledger import Part, Prediction
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
 from wtacrs_fx.passes.kernels import Facts
-from wtacrs_fx.passes.liveness import MemoryOptions, module_timeline
+from wtacrs_fx.passes.liveness import MemoryOptions, Timeline, module_timeline
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import CLOSE, Plan, quietest
+from wtacrs_fx.passes.saved import storage
 from wtacrs_fx.passes.segments import find_segments
-from wtacrs_fx.passes.sites import module_of, primals
-from wtacrs_fx.private import inductor_config, tree_leaves
+from wtacrs_fx.passes.sever import is_saved, saved_tensors
+from wtacrs_fx.passes.sites import graph_outputs, module_of, primals
+from wtacrs_fx.private import functorch_config, inductor_config, tree_leaves
 from wtacrs_fx.units import format_bytes, parse_bytes
 
 Partition = tuple[GraphModule, GraphModule]
@@ -50,13 +52,12 @@ def memory_options(config: Config, *, ordered: bool = False, sampled: bool = Fal
     return MemoryOptions(*(bool(options.get(n, getattr(inductor_config, n))) for n in names))
 
 
-def predict(partition: Partition, weights: Collection[str], device: Roofline, options: MemoryOptions) -> Prediction:
+def predict(
+    partition: Partition, num_fwd_outputs: int, weights: Collection[str], options: MemoryOptions, device: Roofline
+) -> Prediction:
     """Peak, time and FLOPs of a partition, from its two graphs."""
     facts = Facts()
-    forward, backward = (
-        module_timeline(g.graph, weights, backward=b, facts=facts, options=options)
-        for g, b in zip(partition, (False, True))
-    )
+    forward, backward = _timelines(partition, num_fwd_outputs, weights, options, facts)
     return Prediction(
         peak=max(forward.peak, backward.activation_peak),
         allocated=max(forward.peak, backward.peak),
@@ -65,15 +66,38 @@ def predict(partition: Partition, weights: Collection[str], device: Roofline, op
     )
 
 
-def peak_place(partition: Partition, weights: Collection[str], options: MemoryOptions) -> str:
+def peak_place(partition: Partition, num_fwd_outputs: int, weights: Collection[str], options: MemoryOptions) -> str:
     """Where the peak of :func:`predict` is, in words: "in the backward of blocks.1.up"."""
-    facts, places = Facts(), []
-    for module, backward in zip(partition, (False, True)):
-        line = module_timeline(module.graph, weights, backward=backward, facts=facts, options=options)
+    places = []
+    for line, half in zip(_timelines(partition, num_fwd_outputs, weights, options, Facts()), ("forward", "backward")):
         for kernel, live, gradients in zip(line.kernels, line.live, line.resident):
-            places.append((live - gradients * backward, module_of(kernel.node), "backward" if backward else "forward"))
+            places.append((live - gradients, module_of(kernel.node), half))
     _, name, half = max(places, key=lambda place: place[0], default=(0, "", "forward"))
     return f"in the {half}{' of ' * bool(name)}{name}"
+
+
+def _timelines(
+    partition: Partition, num_fwd_outputs: int, weights: Collection[str], options: MemoryOptions, facts: Facts
+) -> tuple[Timeline, Timeline]:
+    """Of forward and backward."""
+    forward, backward = (g.graph for g in partition)
+    donated = donated_tensors(partition, num_fwd_outputs)
+    return (
+        module_timeline(forward, weights, backward=False, facts=facts, options=options),
+        module_timeline(backward, weights, backward=True, facts=facts, options=options, donated=donated),
+    )
+
+
+def donated_tensors(partition: Partition, num_fwd_outputs: int) -> set[str]:
+    """Names of the backward's inputs that are its own: saved tensors that share no memory with what the forward was given or
+    returns to its caller. AOTAutograd donates these, and Inductor may write over them."""
+    if not getattr(functorch_config, "donated_buffer", False):
+        return set()
+    forward, backward = partition
+    visible = [v for v in graph_outputs(forward.graph)[:num_fwd_outputs] if isinstance(v, Node)]
+    taken = {storage(n) for n in (*forward.graph.find_nodes(op="placeholder"), *visible)}
+    pairs = zip(saved_tensors(forward, num_fwd_outputs), filter(is_saved, backward.graph.nodes))
+    return {placeholder.name for node, placeholder in pairs if storage(node) not in taken}
 
 
 def roofline_of(graph: Graph) -> Roofline:

@@ -57,6 +57,7 @@ def timeline(
     stays: Collection[Node] = (),
     facts: Facts | None = None,
     options: MemoryOptions = DEFAULT,
+    donated: Collection[Node] = (),
 ) -> Timeline:
     """Simulate a graph.
 
@@ -67,6 +68,7 @@ def timeline(
         stays: those of ``returned`` that are gradients of parameters.
         facts: about the graph's nodes, from earlier simulations.
         options: whether dead buffers are freed at once, and kernels run in the given order.
+        donated: those of ``given`` that nobody else has, so that a kernel may write over them.
     """
     facts = facts or Facts()
     kernels = find_kernels(nodes, given, returned, facts)
@@ -82,7 +84,8 @@ def timeline(
     for node, i in last.items():
         if node in alive and node not in returned:
             dies[i].append(node)
-    takes = [_taken_over(g, [n for n in d if n not in given], facts) for g, d in zip(groups, dies)]
+    lent = set(given) - set(donated)
+    takes = [_taken_over(g, [n for n in d if n not in lent], facts) for g, d in zip(groups, dies)]
     early = {taken for t in takes for new, taken in t.items() if new in stays}
     live = sum(map(facts.bytes, given))
     resident = 0
@@ -109,9 +112,8 @@ def timeline(
 
 
 def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) -> dict[Node, Node]:
-    """Output of the kernel -> the buffer whose memory it takes over: of the same size and type, computed in this graph, and
-    read by nothing else then or later, in the order in which it is written (a copy is for another order). What the graph was
-    given may belong to somebody else."""
+    """Output of the kernel -> the buffer whose memory it takes over: of the same size and type, computed in this graph or
+    donated to it, and read by nothing else then or later, in the order in which it is written (a copy is for another order)."""
     if not dying or group[0].library:
         return {}
     readers: dict[Node, list[Kernel]] = {}
@@ -159,11 +161,19 @@ def _key(node: Node, facts: Facts) -> tuple[int, torch.dtype]:
 
 
 def module_timeline(
-    graph: Graph, weights: Collection[str], *, backward: bool, facts: Facts, options: MemoryOptions
+    graph: Graph,
+    weights: Collection[str],
+    *,
+    backward: bool,
+    facts: Facts,
+    options: MemoryOptions,
+    donated: Collection[str] = (),
 ) -> Timeline:
-    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts."""
+    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts. Those of
+    its inputs that are ``donated`` it may write over."""
     outputs = [v for v in graph_outputs(graph) if isinstance(v, Node)]
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     given = {n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights}
     returned = {view_base(n) for n in outputs}
-    return timeline(nodes, given, returned, returned if backward else (), facts, options)
+    ours = {n for n in given if n.name in donated}
+    return timeline(nodes, given, returned, returned if backward else (), facts, options, ours)

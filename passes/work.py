@@ -120,7 +120,8 @@ class Work:
         relaid = relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
         self.relaid: set[str] = relaid
         self.in_memory = self.weights - self.relaid
-        self.prediction = predict(self.exact, self.in_memory, self.device, memory_options(self.config))
+        options = memory_options(self.config)
+        self.prediction = predict(self.exact, self.num_fwd_outputs, self.in_memory, options, self.device)
 
     @property
     def has_products(self) -> bool:
@@ -232,15 +233,17 @@ class Work:
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
         if self.known is None or self.known[0] is not self.best:
-            self.known = self.best, predict(self.best, self.in_memory, self.device, self._options_now())
+            self.known = self.best, predict(*self._partition_now(), self.device)
         return self.known[1]
 
     def peak_place(self) -> str:
         """Where the best partition so far has its peak, in words."""
-        return peak_place(self.best, self.in_memory, self._options_now())
+        return peak_place(*self._partition_now())
 
-    def _options_now(self) -> MemoryOptions:
-        return self._options(bool(self.recomputed or self.roundings))
+    def _partition_now(self) -> tuple[Partition, int, set[str], MemoryOptions]:
+        """The best one so far, and what a prediction takes besides."""
+        options = self._options(bool(self.recomputed or self.roundings))
+        return self.best, self.num_fwd_outputs, self.in_memory, options
 
     def recompute_as(self, plan: Plan, reasons: Sequence[str]) -> None:
         """From now on recompute what a plan says, for these reasons."""
