@@ -89,6 +89,24 @@ def test_error_is_below_one_step_and_the_mean_exact(bits, shape, dtype):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_read_in_16_bits_is_the_same_to_its_last_digit(bits, dtype):
+    """The mean of a value in a narrow type is exact but for the type's own rounding, to the nearest."""
+    x = (torch.randn(16, 256, generator=torch.Generator().manual_seed(0)) * 3 + 1).to(dtype)
+    form, total = Format(bits), torch.zeros(x.shape).double()
+    s, _, variance = grid(x, form)
+    for i in range(100):
+        found = rounded(x, form, i)
+        assert found.dtype is dtype
+        wide = dequantise(quantise(x, key(i), form), x.shape, torch.float32, form)
+        digit = torch.finfo(dtype).eps / 2 * torch.maximum(wide.abs(), torch.tensor(1e-4))
+        assert ((found.float() - wide).abs() <= digit * (1 + 1e-6)).all()
+        total += found.double() - x.double()
+    digit = torch.finfo(dtype).eps / 2 * (x.double().abs() + s)
+    assert (total.abs() / 100 < digit + 5 * (variance / 100).sqrt() + 1e-4 * s).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_known_range(bits):
     x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
     form = Format(bits, -0.1291, 1.1291)
