@@ -122,6 +122,18 @@ def test_other_faults():
     assert "differs by 1.0e-01" in dataclasses.replace(good, untouched=0.1).verdict()
 
 
+def test_sampled_attention_is_checked():
+    """Its noise is in all gradients but the head's, and none of its products is a parameter's gradient."""
+    torch.manual_seed(0)
+    result = wtacrs_fx.check(Transformer(layers=1), transformer_batch(), draws=20, **{**OPTIONS, "attention": True})
+    assert result.faults == [], result.table()
+    found = {x.module: x for x in result.layers}
+    assert {"blocks.0.q", "blocks.0.q.bias", "blocks.0.ln1.weight"} <= found.keys()
+    assert (found["blocks.0.q.bias"].decision, found["blocks.0.q.bias"].kept) == ("attention", "")
+    assert found["blocks.0.q.bias"].error > 1e-3
+    assert result.saved_bytes == result.predicted_bytes
+
+
 @pytest.mark.parametrize("way", ["parameters", "autocast"])
 def test_last_digits_of_16_bits_are_no_bias(way):
     """Biases of keys have no gradient but for floating point, and are left out; others may be off by as much as exact ones

@@ -148,15 +148,39 @@ def test_noise_is_half_and_none_is_put_into_zeros(bits, scale_bits):
     assert (rounded(sparse, form)[sparse == 0] == 0).all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_spoils_its_group_only(bad):
+@pytest.mark.parametrize("form", [Format(8), Format(4), Format(4, scale_bits=16), Format(2, scale_bits=16)])
+@pytest.mark.parametrize("bad", [(float("nan"),), (float("inf"),), (-float("inf"),), (3e38, -3e38)])
+def test_what_is_not_finite_spoils_its_group_only(bad, form):
+    """A range that float32 does not hold does so too."""
     x = torch.randn(4, 2 * GROUP, generator=torch.Generator().manual_seed(0))
-    x[1, 5] = bad
-    found = rounded(x, Format(4))
+    x[1, 5 : 5 + len(bad)] = torch.tensor(bad)
+    found = rounded(x, form)
     assert not found[1, :GROUP].isfinite().any()
     rest = torch.ones_like(x, dtype=torch.bool)
     rest[1, :GROUP] = False
-    assert torch.equal(found[rest], rounded(torch.where(rest, x, 0.0), Format(4))[rest])
+    assert torch.equal(found[rest], rounded(torch.where(rest, x, 0.0), form)[rest])
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1, -0x400000])
+def test_every_kind_of_nan_stays_one(bits):
+    """GPUs make that of all ones, whose bits rounding of scales upwards would carry over."""
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    x.view(torch.int32)[0, 3] = bits
+    assert x[0, 3].isnan()
+    for form in (Format(8), Format(4, scale_bits=16, group=64), Format(8, scale_bits=16)):
+        assert not rounded(x, form).isfinite().any()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_groups_of_equal_values_in_scales_of_16_bits(bits):
+    """Off by less than a step, at most 2^-7 of the value over the number of steps; zeros are exact, and so is the mean."""
+    form = Format(bits, scale_bits=16)
+    for value in (0.0, -3.7, 1 / 3, 1e-42, 3e38):
+        same = torch.full((16, 128), value)
+        error = torch.stack([rounded(same, form, i).double() - value for i in range(20)])
+        step = 2.0**-7 * abs(value) / form.levels * 1.01 + 2.0**-126
+        assert error.abs().max() <= step
+        assert abs(error.mean()) <= 4.5 * step / error.numel() ** 0.5
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -84,9 +84,10 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         names = _names(model, exact)
         entries: dict[str, list[Entry]] = {}
         for e in found_sites:
-            for n in _parameters(e.module, names):
+            for n in () if _is_attention(e) else _parameters(e.module, names):
                 entries.setdefault(n, []).append(e)
-        if not entries and not rounded:
+        attention = any(map(_is_attention, found_sites))
+        if not found_sites and not rounded:
             tables = "\n".join(g.table() for g in ledgers) or NO_TRAINING_GRAPH
             raise ReportError(f"nothing is sampled or rounded, so there is nothing to check:\n{tables}")
         labels = _labels(entries)
@@ -94,8 +95,8 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         size = {n: float(g.double().square().mean()) for n, g in exact.items()}
         least = NO_GRADIENT * max(size.values())
         exact = {n: g for n, g in exact.items() if (size[n] > least and digits[n] < NO_DIGITS) or n in entries}
-        if rounded:
-            labels |= {n: (n, "rounded", "") for n in exact if n not in labels}
+        if rounded or attention:  # (noise flows on, to all gradients before it)
+            labels |= {n: (n, "rounded" if rounded else "attention", "") for n in exact if n not in labels}
         found: dict[str, _Draws] = {name: _Draws(exact[name]) for name in labels}
         untouched = 0.0
         for draw in range(draws):
@@ -133,6 +134,11 @@ def _step(
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return grads, held
+
+
+def _is_attention(entry: Entry) -> bool:
+    """Whether a sampled product is attention's own: one matrix per head, and no parameter's gradient."""
+    return len(entry.shape) == 3 and entry.shape[0] != 1
 
 
 def _names(model: nn.Module, grads: Mapping[str, Tensor]) -> dict[str, str]:

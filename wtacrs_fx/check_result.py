@@ -60,7 +60,7 @@ class Layer:
     module: str
     """Of a sampled product; of any other gradient the parameter."""
     decision: str
-    """"early" or "late", or "rounded" for a parameter that is no sampled product's."""
+    """"early" or "late"; of a parameter that is no sampled product's "rounded", or "attention" where its noise is there."""
     kept: str
     error: float
     """Mean of ||G' - G||^2 / ||G||^2, for G' a draw and G the exact gradient."""
