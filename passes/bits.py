@@ -198,8 +198,8 @@ def _form(shared: Shared, config: Config) -> Format:
 
 
 def _is_normalised(factor: Factor) -> bool:
-    """Whether the product with the gradient is summed along the row: the gradient of a statistic of it, as LayerNorm, RMSNorm
-    and GroupNorm have it."""
+    """Whether the product with the gradient is summed along the row: the gradient of a statistic of it, as LayerNorm and
+    RMSNorm have it. (GroupNorm's sum is over a view, and what it reads is not normalised yet.)"""
     last = factor.operand.meta["val"].dim() - 1
 
     def sums_the_row(node: Node) -> bool:

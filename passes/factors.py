@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from wtacrs_fx.passes.kinds import Kind, is_tensor
+from wtacrs_fx.passes.kinds import Kind, draws, is_tensor
 from wtacrs_fx.passes.policy import is_view
 from wtacrs_fx.passes.sites import PRODUCTS
 from wtacrs_fx.rounding import Format, written_bytes
@@ -70,7 +70,8 @@ class Shared:
 
 
 def find_factors(nodes: Iterable[Node], kinds: Mapping[Node, Kind], *, fused_attention: bool = False) -> list[Factor]:
-    """All factors, in graph order: operands of 32 or 16 bits a number and static size.
+    """All factors, in graph order: operands of 32 or 16 bits a number and static size. Left out is what is computed from random
+    numbers that the backward draws (of a backward of the user's): computed in the forward, they would be drawn once more.
 
     Args:
         nodes: of a joint graph.
@@ -78,14 +79,22 @@ def find_factors(nodes: Iterable[Node], kinds: Mapping[Node, Kind], *, fused_att
         fused_attention: whether q, k, v and the output count, where fused attention reads them.
     """
     found = []
+    drawn: set[Node] = set()
+    backward = False
     for node in nodes:
-        if node.op != "call_function" or kinds[node] is not Kind.GRADIENT:
+        if node.op != "call_function":
             continue
+        if kinds[node] is not Kind.GRADIENT:
+            if backward and (draws(node) or not drawn.isdisjoint(node.all_input_nodes)):
+                drawn.add(node)
+            continue
+        backward = True
         places = _BILINEAR.get(node.target, ())
         if fused_attention and node.target in ATTENTION_BACKWARDS:
             places = (1, 2, 3, 4)
         operands = [a for i in places if isinstance(a := node.args[i], Node)]
-        found += [Factor(node, a) for a in dict.fromkeys(operands) if kinds[a] is Kind.ACTIVATION and is_rounded(a)]
+        operands = [a for a in dict.fromkeys(operands) if kinds[a] is Kind.ACTIVATION and a not in drawn]
+        found += [Factor(node, a) for a in operands if is_rounded(a)]
     return found
 
 

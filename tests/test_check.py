@@ -122,6 +122,39 @@ def test_other_faults():
     assert "differs by 1.0e-01" in dataclasses.replace(good, untouched=0.1).verdict()
 
 
+def test_sampled_attention_is_checked():
+    """Its noise is in all gradients but the head's, and none of its products is a parameter's gradient."""
+    torch.manual_seed(0)
+    result = wtacrs_fx.check(Transformer(layers=1), transformer_batch(), draws=20, **{**OPTIONS, "attention": True})
+    assert result.faults == [], result.table()
+    found = {x.module: x for x in result.layers}
+    assert {"blocks.0.q", "blocks.0.q.bias", "blocks.0.ln1.weight"} <= found.keys()
+    assert (found["blocks.0.q.bias"].decision, found["blocks.0.q.bias"].kept) == ("attention", "")
+    assert found["blocks.0.q.bias"].error > 1e-3
+    assert result.saved_bytes == result.predicted_bytes
+
+
+@pytest.mark.parametrize("way", ["parameters", "autocast"])
+def test_last_digits_of_16_bits_are_no_bias(way):
+    """Biases of keys have no gradient but for floating point, and are left out; others may be off by as much as exact ones
+    whose last digits are others. A bias that is larger is found."""
+    torch.manual_seed(1)
+    model, (x, target) = Transformer(layers=1), transformer_batch(seed=1)
+    if way == "parameters":
+        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    options = {**OPTIONS, "ratio": 1.0, "round_bits": 8, "draws": 8}
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        result = wtacrs_fx.check(model, (x, target), **options)
+    assert result.faults == [], result.table()
+    names = {x.module for x in result.layers}
+    assert "blocks.0.q.bias" in names
+    assert not [n for n in names if n.endswith("k.bias")]
+    assert all(1e-7 < layer.digits < 1e-3 for layer in result.layers)
+    for bias, faults in ((2e-3, 0), (1e-2, 1)):
+        off = dataclasses.replace(result.layers[0], error=1e-6, digits=1e-5, bias=bias, z=50.0)
+        assert len(dataclasses.replace(result, layers=(off,)).faults) == faults
+
+
 class Attention(torch.nn.Module):
     """Fused attention between two normalisations."""
 

@@ -89,6 +89,24 @@ def test_error_is_below_one_step_and_the_mean_exact(bits, shape, dtype):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_read_in_16_bits_is_the_same_to_its_last_digit(bits, dtype):
+    """The mean of a value in a narrow type is exact but for the type's own rounding, to the nearest."""
+    x = (torch.randn(16, 256, generator=torch.Generator().manual_seed(0)) * 3 + 1).to(dtype)
+    form, total = Format(bits), torch.zeros(x.shape).double()
+    s, _, variance = grid(x, form)
+    for i in range(100):
+        found = rounded(x, form, i)
+        assert found.dtype is dtype
+        wide = dequantise(quantise(x, key(i), form), x.shape, torch.float32, form)
+        digit = torch.finfo(dtype).eps / 2 * torch.maximum(wide.abs(), torch.tensor(1e-4))
+        assert ((found.float() - wide).abs() <= digit * (1 + 1e-6)).all()
+        total += found.double() - x.double()
+    digit = torch.finfo(dtype).eps / 2 * (x.double().abs() + s)
+    assert (total.abs() / 100 < digit + 5 * (variance / 100).sqrt() + 1e-4 * s).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_known_range(bits):
     x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
     form = Format(bits, -0.1291, 1.1291)
@@ -130,15 +148,39 @@ def test_noise_is_half_and_none_is_put_into_zeros(bits, scale_bits):
     assert (rounded(sparse, form)[sparse == 0] == 0).all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_spoils_its_group_only(bad):
+@pytest.mark.parametrize("form", [Format(8), Format(4), Format(4, scale_bits=16), Format(2, scale_bits=16)])
+@pytest.mark.parametrize("bad", [(float("nan"),), (float("inf"),), (-float("inf"),), (3e38, -3e38)])
+def test_what_is_not_finite_spoils_its_group_only(bad, form):
+    """A range that float32 does not hold does so too."""
     x = torch.randn(4, 2 * GROUP, generator=torch.Generator().manual_seed(0))
-    x[1, 5] = bad
-    found = rounded(x, Format(4))
+    x[1, 5 : 5 + len(bad)] = torch.tensor(bad)
+    found = rounded(x, form)
     assert not found[1, :GROUP].isfinite().any()
     rest = torch.ones_like(x, dtype=torch.bool)
     rest[1, :GROUP] = False
-    assert torch.equal(found[rest], rounded(torch.where(rest, x, 0.0), Format(4))[rest])
+    assert torch.equal(found[rest], rounded(torch.where(rest, x, 0.0), form)[rest])
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1, -0x400000])
+def test_every_kind_of_nan_stays_one(bits):
+    """GPUs make that of all ones, whose bits rounding of scales upwards would carry over."""
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    x.view(torch.int32)[0, 3] = bits
+    assert x[0, 3].isnan()
+    for form in (Format(8), Format(4, scale_bits=16, group=64), Format(8, scale_bits=16)):
+        assert not rounded(x, form).isfinite().any()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_groups_of_equal_values_in_scales_of_16_bits(bits):
+    """Off by less than a step, at most 2^-7 of the value over the number of steps; zeros are exact, and so is the mean."""
+    form = Format(bits, scale_bits=16)
+    for value in (0.0, -3.7, 1 / 3, 1e-42, 3e38):
+        same = torch.full((16, 128), value)
+        error = torch.stack([rounded(same, form, i).double() - value for i in range(20)])
+        step = 2.0**-7 * abs(value) / form.levels * 1.01 + 2.0**-126
+        assert error.abs().max() <= step
+        assert abs(error.mean()) <= 4.5 * step / error.numel() ** 0.5
 
 
 @pytest.mark.parametrize("bits", BITS)

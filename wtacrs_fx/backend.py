@@ -214,7 +214,7 @@ def compile_eager(
 
 
 def complaints(ledger: Ledger, config: Config) -> list[str]:
-    """What differs from what was asked: ``include`` patterns without a match, a graph in which nothing is sampled."""
+    """What differs from what was asked: ``include`` without a match, a graph in which nothing is sampled or rounded."""
     names = sorted({e.module for e in ledger.entries})
     messages = []
     unmatched = [p for p in config.include if not fnmatch.filter(names, p)]
@@ -237,7 +237,26 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
             f"wtacrs: nothing is sampled in this graph, it trains exactly: {why}. "
             "See the ledger; the options min_rows, min_bytes, include, exclude and late decide."
         )
-    return messages
+    return [*messages, *_not_rounded(ledger, config)]
+
+
+def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
+    """A graph in which nothing is rounded although that was asked for. (Under a budget, and where rows are kept, there may be
+    no need to.)"""
+    if config.round_bits is None or ledger.rounded:
+        return []
+    if any(isinstance(size, str) for t in ledger.tensors for size in t.shape):
+        return [
+            f"wtacrs: round_bits={config.round_bits} has no effect in this graph, whose sizes are symbolic: such tensors stay "
+            "as they are. Keep sizes the same (drop a last, smaller batch; pad to one length), or compile with dynamic=False, "
+            "once for every size."
+        ]
+    if config.memory_budget is not None or ledger.sampled:
+        return []
+    return [
+        f"wtacrs: round_bits={config.round_bits}: nothing is rounded in this graph. The options round_include, round_exclude, "
+        "round_fused_attention and min_bytes decide; what is float64 stays as it is."
+    ]
 
 
 def _check_budgets(config: Config) -> None:

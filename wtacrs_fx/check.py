@@ -33,6 +33,14 @@ NO_GRADIENT = 1e-12
 """Mean square of a gradient, as a share of the largest of the model, that is zero but for floating point (biases of keys,
 and in front of a BatchNorm)."""
 
+NO_DIGITS = 0.1
+"""Share of its square by which a gradient changes with the last digits, beyond which it is zero but for floating point: of
+biases of keys in 16 bits."""
+
+NUDGED = 1 + 2.0**-7
+"""What the loss is multiplied by to see that: gradients follow, and their digits are others. (The least step of bfloat16: where
+a backward is not linear in gradients, as one that clips them, no more than that of it is taken for floating point.)"""
+
 ROUNDING = 1e-6
 """Added to the standard error, for gradients that hardly vary."""
 
@@ -64,7 +72,10 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
     backend = Backend(config)
     exact_arm, arm = Watched(Backend(config.exact()), model), Watched(backend, model)
     with own_errors(), torch.random.fork_rng():
-        exact, held_exact = _step(compile_apart(model, exact_arm), exact_arm, model, batch)
+        compiled_exact = compile_apart(model, exact_arm)
+        exact, held_exact = _step(compiled_exact, exact_arm, model, batch)
+        nudged, _ = _step(compiled_exact, exact_arm, model, batch, NUDGED)
+        digits = {n: _compare(nudged[n].double() / NUDGED, g)[0] for n, g in exact.items()}
         compiled = compile_apart(model, arm)
         grads, held = _step(compiled, arm, model, batch)
         ledgers = held.ledgers  # (of the first step: graphs that choose their ratios are compiled again)
@@ -73,18 +84,19 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         names = _names(model, exact)
         entries: dict[str, list[Entry]] = {}
         for e in found_sites:
-            for n in _parameters(e.module, names):
+            for n in () if _is_attention(e) else _parameters(e.module, names):
                 entries.setdefault(n, []).append(e)
-        if not entries and not rounded:
+        attention = any(map(_is_attention, found_sites))
+        if not found_sites and not rounded:
             tables = "\n".join(g.table() for g in ledgers) or NO_TRAINING_GRAPH
             raise ReportError(f"nothing is sampled or rounded, so there is nothing to check:\n{tables}")
         labels = _labels(entries)
         rows = {e.module: labels[n][0] for n, sites in entries.items() for e in sites}
         size = {n: float(g.double().square().mean()) for n, g in exact.items()}
         least = NO_GRADIENT * max(size.values())
-        exact = {n: g for n, g in exact.items() if size[n] > least or n in entries}
-        if rounded:
-            labels |= {n: (n, "rounded", "") for n in exact if n not in labels}
+        exact = {n: g for n, g in exact.items() if (size[n] > least and digits[n] < NO_DIGITS) or n in entries}
+        if rounded or attention:  # (noise flows on, to all gradients before it)
+            labels |= {n: (n, "rounded" if rounded else "attention", "") for n in exact if n not in labels}
         found: dict[str, _Draws] = {name: _Draws(exact[name]) for name in labels}
         untouched = 0.0
         for draw in range(draws):
@@ -94,7 +106,7 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
             rest = (math.sqrt(_compare(grads[n], g)[0]) for n, g in exact.items() if n not in found)
             untouched = max(untouched, *rest, 0.0)
     return Check(
-        layers=tuple(found[n].layer(*label) for n, label in labels.items()),
+        layers=tuple(found[n].layer(*label, digits[n]) for n, label in labels.items()),
         rounded=rounded,
         padding=config.padding,
         refused=tuple(site for site, verdict in backend.padding.items() if verdict == "refused"),
@@ -110,16 +122,23 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
     )
 
 
-def _step(compiled: Any, arm: Watched, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Step]:
-    """Gradients by name and what is held, from the same random state every time."""
+def _step(
+    compiled: Any, arm: Watched, model: nn.Module, batch: Batch, scale: float = 1.0
+) -> tuple[dict[str, Tensor], Step]:
+    """Gradients of ``scale`` times the loss by name and what is held, from the same random state every time."""
     torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
     with arm.held() as held:
         roots = starts(call(compiled, batch))
-    torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
+    torch.autograd.backward(roots, [torch.full_like(r, scale) for r in roots])
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return grads, held
+
+
+def _is_attention(entry: Entry) -> bool:
+    """Whether a sampled product is attention's own: one matrix per head, and no parameter's gradient."""
+    return len(entry.shape) == 3 and entry.shape[0] != 1
 
 
 def _names(model: nn.Module, grads: Mapping[str, Tensor]) -> dict[str, str]:
@@ -176,7 +195,7 @@ class _Draws:
         self.halves[len(self.numbers) % 2] += grad.double() - self.exact.double()
         self.numbers.append(_compare(grad, self.exact))
 
-    def layer(self, module: str, decision: str, kept: str) -> Layer:
+    def layer(self, module: str, decision: str, kept: str, digits: float) -> Layer:
         errors, cosines, projections = (torch.tensor(x, dtype=torch.float64) for x in zip(*self.numbers))
         n = len(self.numbers)
         bias = float(projections.mean()) - 1
@@ -190,4 +209,5 @@ class _Draws:
             bias=bias,
             z=bias / (float(projections.std()) / math.sqrt(n) + ROUNDING),
             squared_bias=product / max(float(self.exact.double().square().sum()), 1e-300),
+            digits=digits,
         )

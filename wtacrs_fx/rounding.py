@@ -116,10 +116,11 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
     """``x`` in few bits.
 
     Args:
-        x: floating point, at least one dimension, any strides; computed with in float32. A group with a NaN or an infinity
-            becomes NaN as a whole; other groups are unharmed. Where the range is known there is no scale to say so: a NaN
-            becomes the lowest value, an infinity an end of the range, up to half a step. (Such tensors are derivatives of
-            activation functions, whose result is not finite then either, and is another factor of the same backward.)
+        x: floating point, at least one dimension, any strides; computed with in float32. Of a group with a NaN or an infinity,
+            or with a range that is none in float32, no value stays finite; other groups are unharmed. Where the range is known
+            there is no scale to say so: a NaN becomes the lowest value, an infinity an end of the range, up to half a step.
+            (Such tensors are derivatives of activation functions, whose result is not finite then either, and is another
+            factor of the same backward.)
         key: of :func:`uniform`.
         form: bits, and the range if it is known.
 
