@@ -171,6 +171,43 @@ def test_gradients_are_those_of_the_exact_run(budget, dropout, inner):
         torch.testing.assert_close(planned[name], value, rtol=1e-4, atol=1e-6)
 
 
+class Residual(nn.Module):
+    """Residual layers with dropout, whose masks it returns or is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x, masks=None):
+        drawn = []
+        for i, layer in enumerate(self.layers):
+            y = nn.functional.gelu(layer(x))
+            y = nn.functional.dropout(y, 0.5) if masks is None else y * masks[i] / 0.5
+            drawn.append(y != 0)
+            x = x + y
+        return x.square().mean(), drawn
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("budget", ["auto", 0.85, 0.8])
+def test_gradients_are_those_of_eager_with_the_same_masks(budget, inner):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(256, 64)
+    backend = wtacrs_fx.Backend(**{**SMALL, "ratio": 1.0, "inner": inner, "memory_budget": budget})
+    loss, masks = torch.compile(model, backend=backend)(x)
+    loss.backward()
+    planned = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    expected, _ = model(x, masks)
+    expected.backward()
+    assert 0.4 < torch.stack(masks).float().mean() < 0.6
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(planned[name], parameter.grad, rtol=1e-4, atol=1e-7)
+    assert any(p.decision == "recompute" for p in backend.ledger.parts) or budget == "auto"
+
+
 @pytest.mark.filterwarnings("ignore:wtacrs. memory_budget=0.01. the least peak")
 @pytest.mark.parametrize(
     ("attention", "budget", "ratio"),
