@@ -72,10 +72,8 @@ def row_bytes(width: int, bits: int) -> int:
     """Bytes of one kept row of so many features, with its index and scales."""
     if bits == AS_IS:
         return 2 * width + INDEX_BYTES
-    form = Format(bits, scale_bits=16)
-    return (
-        written_bytes((2, width), form) - written_bytes((1, width), form) + INDEX_BYTES
-    )  # (the key is that of all rows)
+    one, two = (written_bytes((n, width), Format(bits, scale_bits=16)) for n in (1, 2))
+    return two - one + INDEX_BYTES  # (the key is that of all rows)
 
 
 def rows_for(bytes_of: int, width: int, bits: int, rows: int, besides: int = 0) -> int:
