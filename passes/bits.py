@@ -79,11 +79,11 @@ def _substitute(rounding: Rounding, tensor: Node, replaced: frozenset[Node], bef
 def rows_or_bits(plan: Sequence[Decision], config: Config) -> list[Decision]:
     """Early sites whose kept rows take more bytes than all rows in few bits become late ones, which read all rows rounded
     and choose by the true gradient. The others stay early."""
-    assert config.round_bits is not None
     new = []
     for d in plan:
-        bits = (d.form.bits if d.form else 8 * d.site.activation.value.dtype.itemsize) * d.ratio
-        cheaper = d.action is Action.EARLY and config.round_bits < bits and config.late == "sample"
+        kept = (d.form.bits if d.form else 8 * d.site.activation.value.dtype.itemsize) * d.ratio
+        rounded = _bits(d.site.module, config)
+        cheaper = d.action is Action.EARLY and rounded is not None and rounded < kept and config.late == "sample"
         new.append(d.to(Action.LATE, "") if cheaper else d)
     return new
 
@@ -98,15 +98,17 @@ def decide_roundings(
         plan: early sites keep rows, and their products read nothing else.
         saved: names of the tensors (view bases) that the partition without rounding saves.
         exact: nodes that stay exact (recomputed ones).
-        config: bits, patterns, smallest size.
+        config: bits, patterns, smallest size. Where modules that read one tensor ask for different bits, it gets the most.
     """
     early = {d.site.node for d in plan if d.action is Action.EARLY}
     result = []
     for s in shared:
-        factors = tuple(f for f in s.factors if f.reader not in early and _admits(f.reader, config))
-        rounding = Rounding(s.tensor, factors, _form(s, config))
+        bits = {f: b for f in s.factors if f.reader not in early and (b := _bits(module_of(f.reader), config))}
+        if not bits:
+            continue
+        rounding = Rounding(s.tensor, tuple(bits), _form(s, max(bits.values())))
         value, before = s.tensor.meta["val"], buffer_bytes(s.tensor)
-        if not factors or s.tensor in exact or before < config.min_bytes or rounding.bytes > before:
+        if s.tensor in exact or before < config.min_bytes or rounding.bytes > before:
             continue
         if value.device.type != "meta" and not is_cheap(s.tensor, value.numel()) and sources(rounding, saved):
             result.append(rounding)
@@ -164,14 +166,14 @@ def name_bits(plan: Sequence[Decision], roundings: Sequence[Rounding]) -> list[D
     return [replace(d, reason=f"input kept in {bits[d.site.node]} bits") if d.site.node in bits else d for d in plan]
 
 
-def _admits(reader: Node, config: Config) -> bool:
-    module = module_of(reader)
+def _bits(module: str, config: Config) -> int | None:
+    """That the options ask for where a module's backward reads. None: what it reads stays exact."""
     if any(fnmatch.fnmatchcase(module, p) for p in config.round_exclude):
-        return False
-    return any(fnmatch.fnmatchcase(module, p) for p in config.round_include)
+        return None
+    return config.bits_of(module) if any(fnmatch.fnmatchcase(module, p) for p in config.round_include) else None
 
 
-def _form(shared: Shared, config: Config) -> Format:
+def _form(shared: Shared, bits: int) -> Format:
     """Twice the bits for attention's operands and its result, whose gradients are small differences of large numbers, and for
     what is normalised: two D-wide tensors of a transformer's layer, of twelve or more, which every gradient before it passes.
     (At 4 bits that costs 0.015 of exact training's bytes in a BERT of two layers, and the squared error of its gradients falls
@@ -179,13 +181,12 @@ def _form(shared: Shared, config: Config) -> Format:
     a gated unit's product falls by a third, since its outliers spoil fewer values, of normal numbers by a sixth. Of 8-bit codes
     steps that are 1 % longer showed (5.2e-4 for 5e-4 in one weight of a BERT); there only what is normalised has the small
     groups. Of known range where the tensor is a bare derivative: the factor of a product of the same operation's backward."""
-    assert config.round_bits is not None
-    scale_bits, group = (32, GROUP) if config.round_bits == 8 else (16, GROUP // 2)
+    scale_bits, group = (32, GROUP) if bits == 8 else (16, GROUP // 2)
     normalised = any(map(_is_normalised, shared.factors))
     if normalised or _is_attention(shared.root) or any(_is_attention(f.reader) for f in shared.factors):
         group = GROUP // 2 if normalised else group
-        return Format(min(8, 2 * config.round_bits), scale_bits=scale_bits, group=group)
-    form = Format(config.round_bits, scale_bits=scale_bits, group=group)
+        return Format(min(8, 2 * bits), scale_bits=scale_bits, group=group)
+    form = Format(bits, scale_bits=scale_bits, group=group)
     operation = shared.tensor.meta.get("original_aten")
     limits = _RANGES.get(operation) if operation else None
     if limits is None or shared.tensor.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor):

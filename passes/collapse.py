@@ -18,7 +18,7 @@ as a choice of one (softplus): ``where(mask, g, (g * b) / c)`` becomes ``g * whe
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.factors import is_cheap, is_rounded
+from wtacrs_fx.passes.factors import FLOATS, is_cheap, is_rounded
 from wtacrs_fx.passes.kinds import Kind
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -59,13 +59,13 @@ class Scaled:
     factors: int = 0
 
 
-def collapse(graph: Graph, kinds: dict[Node, Kind]) -> int:
+def collapse(graph: Graph, kinds: dict[Node, Kind], types: Sequence[torch.dtype] = FLOATS[1:]) -> int:
     """Rewrite every gradient that is another one times several large activations, and that is read by something else than
-    such a product. Returns how many; ``kinds`` is kept up to date."""
+    such a product. Returns how many; ``kinds`` is kept up to date. Tensors of other than these types are left alone."""
     scaled: dict[Node, Scaled] = {}
     for node in graph.nodes:
         if kinds.get(node) is Kind.GRADIENT:
-            scaled[node] = _scaled(node, scaled, kinds)
+            scaled[node] = _scaled(node, scaled, kinds, types)
     count = 0
     for node, form in scaled.items():
         inside = [u for u in node.users if u in scaled and scaled[u].root is form.root]
@@ -96,14 +96,16 @@ def _product(emit: Emitter, form: Scaled, dtype: torch.dtype, kinds: dict[Node, 
     return made[-1]
 
 
-def _scaled(node: Node, scaled: Mapping[Node, Scaled], kinds: Mapping[Node, Kind]) -> Scaled:
+def _scaled(
+    node: Node, scaled: Mapping[Node, Scaled], kinds: Mapping[Node, Kind], types: Sequence[torch.dtype]
+) -> Scaled:
     """The node in terms of an earlier gradient of its shape; of itself if it is no such product."""
     itself = Scaled(node)
-    if node.op != "call_function" or node.kwargs or not is_rounded(node):
+    if node.op != "call_function" or node.kwargs or not is_rounded(node, types):
         return itself
     shape = node.meta["val"].shape
     gradients = [a for a in node.args if isinstance(a, Node) and kinds[a] is Kind.GRADIENT]
-    if not gradients or any(not is_rounded(g) or g.meta["val"].shape != shape for g in gradients):
+    if not gradients or any(not is_rounded(g, types) or g.meta["val"].shape != shape for g in gradients):
         return itself
     first = scaled[gradients[0]]
     if node.target is prims.convert_element_type.default:
@@ -126,7 +128,7 @@ def _scaled(node: Node, scaled: Mapping[Node, Scaled], kinds: Mapping[Node, Kind
     other: Any = node.args[1] if node.args[0] is gradients[0] else node.args[0]
     if isinstance(other, (int, float)):
         return Scaled(first.root, (operation, first.coefficient, float(other)), first.factors)
-    if is_rounded(other) and other.meta["val"].shape == shape and not is_cheap(other, shape.numel()):
+    if is_rounded(other, types) and other.meta["val"].shape == shape and not is_cheap(other, shape.numel()):
         return Scaled(first.root, (operation, first.coefficient, other), first.factors + 1)
     return itself
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind, draws, is_tensor
 from wtacrs_fx.passes.policy import is_view
 from wtacrs_fx.passes.sites import PRODUCTS
@@ -33,6 +34,9 @@ ATTENTION_BACKWARDS = (
     aten._scaled_dot_product_cudnn_attention_backward.default,
 )
 """Fused: (gradient, q, k, v, ...). Not linear in these operands, and biased if they are rounded."""
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types of tensors that can be rounded; the first only where that is asked for."""
 
 SMALL = 16
 """What scales or shifts a tensor is small if it has this many times fewer elements: it is kept as it is."""
@@ -69,13 +73,25 @@ class Shared:
     """What ``tensor`` is itself a linear function of."""
 
 
-def find_factors(nodes: Iterable[Node], kinds: Mapping[Node, Kind], *, fused_attention: bool = False) -> list[Factor]:
-    """All factors, in graph order: operands of 32 or 16 bits a number and static size. Left out is what is computed from random
-    numbers that the backward draws (of a backward of the user's): computed in the forward, they would be drawn once more.
+def rounded_types(config: Config) -> tuple[torch.dtype, ...]:
+    """Types of tensors that the options admit."""
+    return FLOATS if config.round_float64 else FLOATS[1:]
+
+
+def find_factors(
+    nodes: Iterable[Node],
+    kinds: Mapping[Node, Kind],
+    *,
+    types: Sequence[torch.dtype] = FLOATS[1:],
+    fused_attention: bool = False,
+) -> list[Factor]:
+    """All factors, in graph order: operands of these types and static size. Left out is what is computed from random numbers
+    that the backward draws (of a backward of the user's): computed in the forward, they would be drawn once more.
 
     Args:
         nodes: of a joint graph.
         kinds: of the nodes.
+        types: of operands.
         fused_attention: whether q, k, v and the output count, where fused attention reads them.
     """
     found = []
@@ -94,23 +110,21 @@ def find_factors(nodes: Iterable[Node], kinds: Mapping[Node, Kind], *, fused_att
             places = (1, 2, 3, 4)
         operands = [a for i in places if isinstance(a := node.args[i], Node)]
         operands = [a for a in dict.fromkeys(operands) if kinds[a] is Kind.ACTIVATION and a not in drawn]
-        found += [Factor(node, a) for a in operands if is_rounded(a)]
+        found += [Factor(node, a) for a in operands if is_rounded(a, types)]
     return found
 
 
-def is_rounded(node: Node) -> bool:
-    """Whether the node is a tensor of a type that is rounded (float64 and integers stay exact)."""
+def is_rounded(node: Node, types: Sequence[torch.dtype] = FLOATS) -> bool:
+    """Whether the node is a tensor of such a type, and of a size that is known."""
     if not is_tensor(node):
         return False
     value = node.meta["val"]
-    return (
-        value.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and value.dim() > 0
-        and all(isinstance(s, int) for s in value.shape)
-    )
+    return value.dtype in types and value.dim() > 0 and all(isinstance(s, int) for s in value.shape)
 
 
-def share(factors: Iterable[Factor], kinds: Mapping[Node, Kind]) -> list[Shared]:
+def share(
+    factors: Iterable[Factor], kinds: Mapping[Node, Kind], types: Sequence[torch.dtype] = FLOATS[1:]
+) -> list[Shared]:
     """Factors that are linear functions of one tensor together: of all tensors that serve them, the one that takes fewest
     bytes in 8 bits with its scales, and of these the nearest."""
     families: dict[Node, list[tuple[Factor, list[Node]]]] = {}
@@ -122,7 +136,7 @@ def share(factors: Iterable[Factor], kinds: Mapping[Node, Kind]) -> list[Shared]
         common = [n for n in family[0][1] if all(n in lineage for _, lineage in family) and not _is_rearranged(n)]
         tensor = min(common or [root], key=lambda n: written_bytes(n.meta["val"].shape, Format(8)))
         result.append(Shared(tensor, tuple(factor for factor, _ in family), root))
-    return [s for s in result if is_rounded(s.tensor)]
+    return [s for s in result if is_rounded(s.tensor, types)]
 
 
 def ancestry(node: Node, kinds: Mapping[Node, Kind]) -> list[Node]:

@@ -30,6 +30,25 @@ from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
 wtacrs = torch.ops.wtacrs
 
 
+ROUNDED, CODES = "wtacrs_rounded", "wtacrs_codes"
+"""Marks (in ``meta``) of a forward's nodes: of a tensor that is rounded, its name; of what is made of it, a :class:`Codes`."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a node is one part of: the codes and scales of a rounded tensor."""
+
+    tensor: str
+    part: int
+    parts: int
+    order: list[int]
+    form: Format
+
+    def decode(self, written: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The rounded tensor, of the shape and type of ``like``."""
+        return decode(written, like, self.order, self.form)
+
+
 @dataclass(frozen=True)
 class Rounding:
     """A tensor that is rounded, and the factors that are computed from it in the backward."""
@@ -130,7 +149,11 @@ def _write(graph: Graph, tensor: Node, rounding: Rounding, draws: Draws) -> tupl
 
     with draws.behind(tensor):
         emit = Emitter(graph, tensor, tag="must_be_in_forward")
-        return write(emit, tensor, rounding.order, rounding.form, draws)
+        written = codes(emit, tensor, rounding.order, rounding.form, draws)
+    tensor.meta[ROUNDED] = rounding.tensor.name
+    for i, node in enumerate(written):
+        node.meta[CODES] = Codes(rounding.tensor.name, i, len(written), rounding.order, rounding.form)
+    return tuple(draws.severed.cut(w) for w in written)
 
 
 def _read(graph: Graph, env: Mapping[Node, Node], rounding: Rounding, written: Sequence[Node]) -> Node:
@@ -159,13 +182,14 @@ def codes(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Dr
 
 def read(emit: Emitter, written: Sequence[Node], like: Tensor, order: list[int], form: Format) -> Node:
     """The tensor that :func:`write` has written, with the shape and type of ``like``."""
-    inverse = [order.index(d) for d in range(len(order))]
-
-    def function(*written: Tensor) -> Tensor:
-        return dequantise(written, [like.shape[d] for d in order], like.dtype, form).permute(inverse)
-
-    result: Node = emit.inline(function, *written)
+    result: Node = emit.inline(lambda *written: decode(written, like, order, form), *written)
     return result
+
+
+def decode(written: Sequence[Tensor], like: Tensor, order: Sequence[int], form: Format) -> Tensor:
+    """The same, computed."""
+    inverse = [order.index(d) for d in range(len(order))]
+    return dequantise(written, [like.shape[d] for d in order], like.dtype, form).permute(inverse)
 
 
 def _replay(

@@ -17,7 +17,7 @@ from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.costly import spread_costly
 from wtacrs_fx.passes.draws import Draws
-from wtacrs_fx.passes.factors import find_factors, share
+from wtacrs_fx.passes.factors import find_factors, rounded_types, share
 from wtacrs_fx.passes.invariants import check_draws, check_partition
 from wtacrs_fx.passes.joint_graph import copy_joint, padding_placeholder, parameter_names, weight_placeholders
 from wtacrs_fx.passes.kinds import Kind, classify
@@ -95,7 +95,7 @@ class Work:
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
         if config.round_bits is not None:
-            collapse(joint.graph, kinds)
+            collapse(joint.graph, kinds, rounded_types(config))
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
         plan = decide(sites, config)
@@ -164,9 +164,10 @@ class Work:
 
     def _roundings(self, plan: Sequence[Decision]) -> list[Rounding]:
         """Of what the last cut saves for products with gradients, when sites are sampled as planned."""
-        factors = find_factors(self.joint.graph.nodes, self.kinds, fused_attention=self.config.round_fused_attention)
+        types, fused = rounded_types(self.config), self.config.round_fused_attention
+        factors = find_factors(self.joint.graph.nodes, self.kinds, types=types, fused_attention=fused)
         exact = self.recomputed | self.starts.keys()
-        return decide_roundings(share(factors, self.kinds), plan, self._saved(), exact, self.config)
+        return decide_roundings(share(factors, self.kinds, types), plan, self._saved(), exact, self.config)
 
     def round_saved(self, chosen: Mapping[str, int] | None = None) -> None:
         """Round the tensors chosen by name to so many bits (None: all that can be, as the options say), revise the sites, and

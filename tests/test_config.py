@@ -94,6 +94,7 @@ def test_fingerprint_covers_every_option():
         "round_include": "a",
         "round_exclude": (),
         "round_fused_attention": True,
+        "round_float64": True,
         "pack_masks": False,
         "seed": 3,
         "inner": "eager",

@@ -364,7 +364,7 @@ def test_float64_and_symbolic_sizes_stay_exact():
     batch = batch[0].double(), batch[1]
     backend = Backend(**{**ROUNDED, "round_bits": 2})
     exact = compiled_gradients(model, batch, "aot_eager_decomp_partition")
-    with pytest.warns(WtacrsWarning, match="what is float64 stays as it is"):
+    with pytest.warns(WtacrsWarning, match="float64 takes part with round_float64=True only"):
         found = compiled_gradients(model, batch, backend)
     assert all(torch.equal(found[n], exact[n]) for n in exact)
     torch._dynamo.reset()

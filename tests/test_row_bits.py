@@ -141,9 +141,10 @@ def test_the_mean_of_a_transformer_with_late_sites_attention_and_rounded_tensors
 @pytest.mark.parametrize(("form", "action"), [(None, Action.LATE), (Format(8), Action.LATE), (Format(4), Action.EARLY)])
 def test_whole_inputs_in_few_bits_against_rows_in_few_bits(form, action):
     """All rows in 2 bits are more bytes than 0.3 of them in 4, and fewer than 0.3 of them in 8 or as they are."""
-    site = SimpleNamespace(activation=SimpleNamespace(value=torch.empty(1)))
+    site = SimpleNamespace(module="up", activation=SimpleNamespace(value=torch.empty(1)))
     plan = [Decision(site, Action.EARLY, k=3, form=form, ratio=0.3)]
     assert [d.action for d in rows_or_bits(plan, Config(ratio=0.3, round_bits=2))] == [action]
+    assert [d.action for d in rows_or_bits(plan, Config(ratio=0.3, round_bits={"down": 2}))] == [Action.EARLY]
 
 
 def test_odd_numbers_of_rows_come_out_even():

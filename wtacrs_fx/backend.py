@@ -198,15 +198,20 @@ def row_state(config: Config) -> RowState:
 
 
 def compile_eager(
-    gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    partition_fn: Partitioner,
+    mode: str | None,
+    compile_graph: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
+    """The partitioned graphs as they are; or as ``compile_graph`` makes them of (graph, inputs)."""
     from wtacrs_fx.private import aot_autograd, boxed_nop, select_decomp_table
 
     if mode not in (None, "default"):
         raise ValueError(f"mode={mode!r} with inner='eager': modes are Inductor's; leave one of the two out.")
     compile_aot = aot_autograd(
-        fw_compiler=boxed_nop,
-        bw_compiler=boxed_nop,
+        fw_compiler=compile_graph or boxed_nop,
+        bw_compiler=compile_graph or boxed_nop,
         decompositions=select_decomp_table,
         partition_fn=functools.partial(partition_fn, compiler="inductor"),
     )
@@ -255,7 +260,7 @@ def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
         return []
     return [
         f"wtacrs: round_bits={config.round_bits}: nothing is rounded in this graph. The options round_include, round_exclude, "
-        "round_fused_attention and min_bytes decide; what is float64 stays as it is."
+        "round_fused_attention and min_bytes decide; float64 takes part with round_float64=True only."
     ]
 
 

@@ -15,6 +15,7 @@ from wtacrs_fx.errors import ReportError
 from wtacrs_fx.layer_bytes import Step, Watched
 from wtacrs_fx.ledger import Entry
 from wtacrs_fx.private import FakeTensor
+from wtacrs_fx.rounding_errors import rounded_tensors
 from wtacrs_fx.tracing import (
     NO_TRAINING_GRAPH,
     Batch,
@@ -105,6 +106,7 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
                 sums.add(grads[name])
             rest = (math.sqrt(_compare(grads[n], g)[0]) for n, g in exact.items() if n not in found)
             untouched = max(untouched, *rest, 0.0)
+        tensors = rounded_tensors(config, model, batch) if rounded else []
     return Check(
         layers=tuple(found[n].layer(*label, digits[n]) for n, label in labels.items()),
         rounded=rounded,
@@ -117,6 +119,7 @@ def check(model: nn.Module, batch: Batch, *, draws: int = DRAWS, **options: Any)
         saved_bytes_exact=held_exact.bytes,
         predicted_bytes_exact=held_exact.predicted,
         held_exact=held_exact.by_layer({}),
+        tensors=tuple(tensors),
         untouched=untouched,
         tolerance=max(TOLERANCE, *(8 * torch.finfo(g.dtype).eps for g in exact.values())),
     )

@@ -8,6 +8,8 @@ from typing import Any
 from tabulate import tabulate
 
 from wtacrs_fx.layer_bytes import EAGER, LAYER, NO_LEDGER, SITE, TWICE, UNMATCHED, LayerBytes
+from wtacrs_fx.ledger import Compressed
+from wtacrs_fx.ledger_tables import compressed_table
 from wtacrs_fx.units import format_bytes
 
 MAX_NORMAL = 4.366
@@ -109,6 +111,8 @@ class Check:
     held: tuple[LayerBytes, ...] = ()
     """Where ``saved_bytes`` and ``predicted_bytes`` come from: the sums of what is known of each row."""
     held_exact: tuple[LayerBytes, ...] = ()
+    tensors: tuple[Compressed, ...] = ()
+    """Those that are rounded, with the error of one draw."""
 
     @property
     def bound(self) -> float:
@@ -179,6 +183,8 @@ class Check:
             )
             rest = [f"{r.measured} B {r.name}" for r in held if r.predicted is None and r.kind != UNMATCHED]
             text += f", and apart from that {', '.join(rest)}" * bool(rest)
+        if self.tensors:
+            text += f"\n\n{compressed_table(self.tensors)}\n"
         return f"{text}\n{self.verdict()}"
 
     def verdict(self) -> str:

@@ -1,7 +1,6 @@
 """Options: the one place where they are defined, documented and checked."""
 
 import dataclasses
-import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from tabulate import tabulate
 
 from wtacrs_fx.config_checks import (
     OUTPUT_HEADS,
+    as_bits,
     as_inductor_options,
     as_patterns,
     as_ratios,
@@ -23,6 +23,7 @@ from wtacrs_fx.config_checks import (
     check_padding,
     check_row_bits,
     check_seed,
+    first_match,
     refuse_state,
     refuse_unknown,
 )
@@ -139,14 +140,14 @@ class Config:
         "is recomputed; a graph in which every plan takes more memory (two layers) is trained exactly. None: no budget; what "
         "sampling saves in time is kept as time, and nothing is recomputed but what Inductor itself recomputes.",
     )
-    round_bits: int | None = _option(
+    round_bits: int | Mapping[str, int | None] | None = _option(
         None,
         "Bits, 8, 4 or 2, in which tensors are kept that the backward multiplies gradients by (derivatives of activation "
         "functions, normalised inputs, attention's operands, inputs of linear layers): rounded at random, without bias. "
         "Normalised inputs and attention's operands get twice the bits, at most 8. Where kept rows of a layer's input take "
         "fewer bytes, rows are kept. With a memory_budget only what serves it is rounded, and these are the fewest bits: where "
-        "the budget is met with more (8 for 4), or with a tensor as it is, that is taken, most noise per byte first. None: "
-        "tensors stay as they are.",
+        "the budget is met with more (8 for 4), or with a tensor as it is, that is taken, most noise per byte first. A dict "
+        "gives bits per module that reads, as for `ratio`: {'*.mlp.*': 4, '*': 8}. None: tensors stay as they are.",
     )
     round_include: tuple[str, ...] = _option(
         ("*",), "Rounded tensors are read only by modules whose name matches one of these patterns (fnmatch)."
@@ -159,6 +160,10 @@ class Config:
         False,
         "Round q, k, v and the output of fused attention too. Its backward is not linear in them, so that this has a bias, "
         "small at 8 bits.",
+    )
+    round_float64: bool = _option(
+        False,
+        "Round tensors of float64 too. Their scales are float32: what lies outside of its range becomes infinite.",
     )
     pack_masks: bool = _option(
         True, "Hand masks (of dropout, ReLU) to the backward as one bit an element instead of one byte. Without loss."
@@ -190,8 +195,7 @@ class Config:
         check_choice("inner", self.inner, ("inductor", "eager"))
         check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
         check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
-        if self.round_bits is not None:
-            check_number("round_bits", self.round_bits, int, lambda b: b in BITS, "None or one of 8, 4, 2 (bits)")
+        object.__setattr__(self, "round_bits", as_bits(self.round_bits, BITS))
         check_row_bits(self.row_bits, self.ratio, ROW_BITS)
         check_budget(self.memory_budget)
         check_seed(self.seed)
@@ -226,7 +230,11 @@ class Config:
         measured, that of the first steps."""
         if not isinstance(self.ratio, Mapping):
             return self.first_ratio
-        return next((r for p, r in self.ratio.items() if fnmatch.fnmatchcase(module, p)), None)
+        return first_match(self.ratio, module)
+
+    def bits_of(self, module: str) -> int | None:
+        """Bits in which is kept what a module's backward reads; None: as it is."""
+        return first_match(self.round_bits, module) if isinstance(self.round_bits, Mapping) else self.round_bits
 
     @property
     def samples(self) -> bool:
@@ -277,8 +285,9 @@ class Config:
     def fingerprint(self) -> str:
         """A hash over every option, for cache keys. Equal options give equal fingerprints in every process."""
         values = _values(self)
-        if isinstance(self.ratio, Mapping):
-            values["ratio"] = list(self.ratio.items())  # the order of the patterns counts
+        for name in ("ratio", "round_bits"):
+            if isinstance(values[name], Mapping):
+                values[name] = list(values[name].items())  # the order of the patterns counts
         values["norms"] = self.norms_kind
         values["measures"] = self.measures
         values["inductor"] = sorted((k, repr(v)) for k, v in self.inductor.items())

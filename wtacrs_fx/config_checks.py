@@ -2,11 +2,14 @@
 
 import contextlib
 import difflib
+import fnmatch
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from wtacrs_fx.units import parse_bytes
+
+T = TypeVar("T")
 
 OUTPUT_HEADS = (
     "*lm_head",
@@ -49,6 +52,25 @@ def as_ratios(value: Any) -> float | str | dict[str, float]:
     for pattern, share in value.items():
         check_number(f"ratio[{pattern!r}]", share, float, lambda r: 0 < r <= 1, expected)
     return dict(value)
+
+
+def as_bits(value: Any, choices: tuple[int, ...]) -> int | dict[str, int | None] | None:
+    expected = f"None or one of {', '.join(map(str, choices))} (bits)"
+    given = value if isinstance(value, Mapping) else {"": value}
+    if not given or not all(isinstance(p, str) for p in given):
+        raise TypeError(
+            f"round_bits={value!r}: expected {expected}, or a dict of them by pattern, e.g. {{'*.mlp.*': 4, '*': 8}}."
+        )
+    for pattern, bits in given.items():
+        if bits is not None:
+            name = "round_bits" if given is not value else f"round_bits[{pattern!r}]"
+            check_number(name, bits, int, lambda b: b in choices, expected)
+    return (dict(value) if set(value.values()) != {None} else None) if given is value else value
+
+
+def first_match(patterns: Mapping[str, T], name: str) -> T | None:
+    """Of the first pattern that matches a module's name."""
+    return next((value for pattern, value in patterns.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def _as_auto(value: str) -> str:
@@ -194,7 +216,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_flags(config: Any) -> None:
-    for name in ("attention", "center_rows", "pack_masks", "round_fused_attention"):
+    for name in ("attention", "center_rows", "pack_masks", "round_fused_attention", "round_float64"):
         if not isinstance(getattr(config, name), bool):
             raise TypeError(f"{name}={getattr(config, name)!r}: expected True or False.")
     if not isinstance(config.verbose, bool) and config.verbose != 2:

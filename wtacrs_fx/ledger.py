@@ -99,6 +99,8 @@ class Compressed:
     """Bytes of its codes and scales."""
     readers: tuple[str, ...]
     """Operations of the backward that read it."""
+    error: float | None = None
+    """``|X' - X|^2 / |X|^2`` of one draw, where :func:`wtacrs_fx.check` has measured it."""
 
 
 @dataclass(frozen=True)

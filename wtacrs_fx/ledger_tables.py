@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,7 +127,8 @@ def tensor_table(ledger: "Ledger") -> str:
 
 
 def compressed_table(compressed: Iterable["Compressed"]) -> str:
-    """Tensors in fewer bits; equal ones of one kind are counted in one line."""
+    """Tensors in fewer bits; equal ones of one kind are counted in one line, with the mean of their errors where those were
+    measured."""
     lines: dict[tuple, list[Compressed]] = {}
     for c in compressed:
         lines.setdefault((c.op, c.shape, c.dtype, c.bits, c.readers), []).append(c)
@@ -140,10 +142,12 @@ def compressed_table(compressed: Iterable["Compressed"]) -> str:
             format_bytes(sum(c.bytes_exact for c in same)),
             format_bytes(sum(c.bytes_now for c in same)),
             ", ".join(readers),
+            *(f"{statistics.mean(e):.1e}" for e in [[c.error for c in same if c.error is not None]] if e),
         )
         for (op, shape, dtype, bits, readers), same in lines.items()
     ]
-    headers = ("tensor of", "made by", "shape", "dtype", "bits", "exact", "now", "read by")
+    headers = ["tensor of", "made by", "shape", "dtype", "bits", "exact", "now", "read by"]
+    headers += ["rel. squared error"] * any(len(row) > len(headers) for row in rows)
     return tabulate(rows, headers, disable_numparse=True)
 
 
