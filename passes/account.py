@@ -11,12 +11,13 @@ from wtacrs_fx.ledger import Compressed, Entry, Ledger
 from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.pack import Packed
-from wtacrs_fx.passes.policy import Action, Decision, hint, view_base
+from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounded, Rounding
 from wtacrs_fx.passes.sample import Sampled
 from wtacrs_fx.passes.saved import storage
 from wtacrs_fx.passes.sever import saved_tensors
 from wtacrs_fx.passes.sites import module_of, primals
+from wtacrs_fx.passes.sizes import hint
 
 
 def build_ledger(

@@ -16,6 +16,7 @@ from wtacrs_fx.passes.kinds import Kind, draws
 from wtacrs_fx.passes.policy import Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounding
 from wtacrs_fx.passes.sites import module_of
+from wtacrs_fx.passes.sizes import hint, is_symbolic
 from wtacrs_fx.private import OpOverload
 from wtacrs_fx.rounding import BITS, GROUP, Format
 
@@ -106,11 +107,12 @@ def decide_roundings(
         bits = {f: b for f in s.factors if f.reader not in early and (b := _bits(module_of(f.reader), config))}
         if not bits:
             continue
-        rounding = Rounding(s.tensor, tuple(bits), _form(s, max(bits.values())))
+        form = replace(_form(s, max(bits.values())), by_row=is_symbolic(s.tensor.meta["val"].shape))
+        rounding = Rounding(s.tensor, tuple(bits), form)
         value, before = s.tensor.meta["val"], buffer_bytes(s.tensor)
         if s.tensor in exact or before < config.min_bytes or rounding.bytes > before:
             continue
-        if value.device.type != "meta" and not is_cheap(s.tensor, value.numel()) and sources(rounding, saved):
+        if value.device.type != "meta" and not is_cheap(s.tensor, hint(value.numel())) and sources(rounding, saved):
             result.append(rounding)
     return result
 

@@ -28,6 +28,7 @@ from torch.fx import Graph, Node
 from wtacrs_fx.passes.emit import Emitter
 from wtacrs_fx.passes.factors import FLOATS, is_cheap, is_rounded
 from wtacrs_fx.passes.kinds import Kind
+from wtacrs_fx.passes.sizes import hint, same_sizes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -105,7 +106,7 @@ def _scaled(
         return itself
     shape = node.meta["val"].shape
     gradients = [a for a in node.args if isinstance(a, Node) and kinds[a] is Kind.GRADIENT]
-    if not gradients or any(not is_rounded(g, types) or g.meta["val"].shape != shape for g in gradients):
+    if not gradients or any(not is_rounded(g, types) or not same_sizes(g.meta["val"].shape, shape) for g in gradients):
         return itself
     first = scaled[gradients[0]]
     if node.target is prims.convert_element_type.default:
@@ -128,7 +129,9 @@ def _scaled(
     other: Any = node.args[1] if node.args[0] is gradients[0] else node.args[0]
     if isinstance(other, (int, float)):
         return Scaled(first.root, (operation, first.coefficient, float(other)), first.factors)
-    if is_rounded(other, types) and other.meta["val"].shape == shape and not is_cheap(other, shape.numel()):
+    if not is_rounded(other, types) or not same_sizes(other.meta["val"].shape, shape):
+        return itself
+    if not is_cheap(other, hint(node.meta["val"].numel())):
         return Scaled(first.root, (operation, first.coefficient, other), first.factors + 1)
     return itself
 

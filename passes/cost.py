@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.directions import ITERATIONS, SAMPLE
-from wtacrs_fx.passes.policy import hint
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.private import OpOverload
 
 aten = torch.ops.aten

@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 
 from wtacrs_fx.passes import kernels
 from wtacrs_fx.passes.kernels import Facts, find_kernels
+from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
 
@@ -47,7 +48,7 @@ def spread_costly(graph: Graph) -> int:
     pinned = returned | {facts.base(a) for n in nodes if facts.library(n) for a in n.all_input_nodes}
     made = {k.node for k in find_kernels(nodes, (), returned, facts)}
     written = {n for n in made if n in pinned or n.target not in COSTLY} | pinned
-    codes = [n for n in returned if n.op == "call_function" and n.meta["val"].dtype is torch.uint8]
+    codes = [n for n in returned if n.op == "call_function" and is_tensor(n) and n.meta["val"].dtype is torch.uint8]
     light = {n for n in _above(codes, written) if n.target in COSTLY and _is_no_smaller(n, written, facts)}
     readers = []
     for node in nodes:

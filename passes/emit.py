@@ -8,6 +8,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.private import FakeTensorMode, enable_python_dispatcher
 
 _COPIED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "fwd_source_fn_stack", "seq_nr", "custom")
@@ -58,9 +59,9 @@ def _value(node: Node) -> Any:
 def memory_order(value: torch.Tensor) -> list[int]:
     """A tensor's dimensions in the order in which they lie in memory; in their own if it is expanded or part of another."""
     order = list(range(value.dim()))
-    if value.numel() * value.dtype.itemsize != value.untyped_storage().nbytes():
+    if hint(value.numel()) * value.dtype.itemsize != hint(value.untyped_storage().nbytes()):
         return order
-    strides = value.stride()
+    strides = [hint(s) for s in value.stride()]
     return sorted(order, key=lambda d: (-strides[d], d))
 
 

@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.passes.emit import memory_order
 from wtacrs_fx.passes.kinds import Kind, draws, is_tensor
 from wtacrs_fx.passes.policy import is_view
 from wtacrs_fx.passes.sites import PRODUCTS
-from wtacrs_fx.rounding import Format, written_bytes
+from wtacrs_fx.passes.sizes import hint, is_symbolic, is_unbacked
+from wtacrs_fx.rounding import BITS, Format, written_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -37,6 +39,8 @@ ATTENTION_BACKWARDS = (
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of tensors that can be rounded; the first only where that is asked for."""
+
+MOST_PER_BYTE = 8 // min(BITS)
 
 SMALL = 16
 """What scales or shifts a tensor is small if it has this many times fewer elements: it is kept as it is."""
@@ -115,11 +119,15 @@ def find_factors(
 
 
 def is_rounded(node: Node, types: Sequence[torch.dtype] = FLOATS) -> bool:
-    """Whether the node is a tensor of such a type, and of a size that is known."""
+    """Whether the node is a tensor of such a type whose rows, as they lie in memory, have a known size (if others are symbolic,
+    one of whole bytes of codes). What is sized by the values of other tensors is left alone."""
     if not is_tensor(node):
         return False
     value = node.meta["val"]
-    return value.dtype in types and value.dim() > 0 and all(isinstance(s, int) for s in value.shape)
+    if value.dtype not in types or not value.dim() or any(map(is_unbacked, value.shape)):
+        return False
+    width = value.shape[memory_order(value)[-1]]
+    return isinstance(width, int) and (width % MOST_PER_BYTE == 0 or not is_symbolic(value.shape))
 
 
 def share(
@@ -134,7 +142,7 @@ def share(
     result = []
     for root, family in families.items():
         common = [n for n in family[0][1] if all(n in lineage for _, lineage in family) and not _is_rearranged(n)]
-        tensor = min(common or [root], key=lambda n: written_bytes(n.meta["val"].shape, Format(8)))
+        tensor = min(common or [root], key=lambda n: written_bytes([*map(hint, n.meta["val"].shape)], Format(8)))
         result.append(Shared(tensor, tuple(factor for factor, _ in family), root))
     return [s for s in result if is_rounded(s.tensor, types)]
 
@@ -159,7 +167,7 @@ def linear_source(node: Node, kinds: Mapping[Node, Kind]) -> Node | None:
         inputs = list(dict.fromkeys(a for a in node.args[1:] if isinstance(a, Node)))
     elif node.target not in _SCALES:
         return None
-    numel = node.meta["val"].numel()
+    numel = hint(node.meta["val"].numel())
     large = [n for n in inputs if kinds[n] is Kind.ACTIVATION and not is_cheap(n, numel)]
     if len(large) != 1 or not is_rounded(large[0]):
         return None
@@ -183,7 +191,7 @@ def is_cheap(node: Node, numel: int) -> bool:
 
 def _stored(value: Tensor) -> int:
     """Elements in memory: an expanded tensor has fewer than its shape says."""
-    return int(value.untyped_storage().nbytes()) // value.dtype.itemsize
+    return hint(value.untyped_storage().nbytes()) // value.dtype.itemsize
 
 
 def _is_rearranged(node: Node) -> bool:

@@ -12,8 +12,8 @@ from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.names import Argument
 from wtacrs_fx.passes.budget import Partition
 from wtacrs_fx.passes.norms import shows_sequences
-from wtacrs_fx.passes.policy import hint
 from wtacrs_fx.passes.sites import Site, gradient_outputs, primals
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.private import functorch_config, make_graph_module, min_cut_rematerialization_partition
 from wtacrs_fx.roomy import without_code
 

@@ -18,7 +18,8 @@ from torch.fx import Node
 
 from wtacrs_fx.passes.cost import Roofline, flops, launches
 from wtacrs_fx.passes.kinds import is_tensor
-from wtacrs_fx.passes.policy import hint, is_view, view_base
+from wtacrs_fx.passes.policy import is_view, view_base
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.private import OpOverload, inductor_config
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import PINNED, Kind
 from wtacrs_fx.passes.sites import Site
+from wtacrs_fx.passes.sizes import hint, is_symbolic, is_unbacked
 from wtacrs_fx.rounding import Format, written_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -103,7 +103,12 @@ def share_ratios(plan: Sequence[Decision], config: Config) -> list[Decision]:
 
 def _rows_and_format(site: Site, k: Any, config: Config) -> "tuple[int | torch.SymInt, Format | None]":
     form = row_format(site, k, config)
-    if form is not None and (missing := -k % (8 // form.bits)) and k + missing <= site.activation.rows:
+    if (
+        form is not None
+        and not form.by_row
+        and (missing := -k % (8 // form.bits))
+        and k + missing <= site.activation.rows
+    ):
         k += missing  # rows come out even on bytes
     return k, form
 
@@ -113,10 +118,14 @@ def row_format(site: Site, k: "int | torch.SymInt", config: Config) -> Format | 
     twice as many; None, as they are, where that would take no fewer bytes or the sizes or the type are not fit for it."""
     value = site.activation.value
     narrow = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if config.row_bits is None or not k or not narrow or not all(isinstance(n, int) for n in (k, *value.shape)):
+    width = site.activation.width
+    if config.row_bits is None or not hint(k) or not narrow or any(map(is_unbacked, value.shape)):
         return None
-    form = Format(min(8, 2 * config.row_bits) if site.is_attention else config.row_bits, scale_bits=16)
-    shape = (hint(k), hint(site.activation.width))
+    bits, by_row = min(8, 2 * config.row_bits) if site.is_attention else config.row_bits, is_symbolic((k, *value.shape))
+    if not isinstance(width, int) or (by_row and width * bits % 8):
+        return None
+    form = Format(bits, scale_bits=16, by_row=by_row)
+    shape = (hint(k), width)
     return form if written_bytes(shape, form) < shape[0] * shape[1] * value.dtype.itemsize else None
 
 
@@ -232,19 +241,6 @@ def view_base(node: Node) -> Node:
             break
         node = source
     return node
-
-
-def hint(size: "int | torch.SymInt") -> int:
-    """A size as an int, without a guard: the example's value where the size is symbolic."""
-    if isinstance(size, torch.SymInt):
-        example = size.node.hint
-        return 4096 if example is None else int(example)
-    return int(size)
-
-
-def is_unbacked(size: "int | torch.SymInt") -> bool:
-    """Whether a size is known only when the graph runs, since it depends on the values of tensors."""
-    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
 def is_view(node: Node) -> bool:

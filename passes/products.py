@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.kinds import Kind
-from wtacrs_fx.passes.policy import excluded, hint, too_small
+from wtacrs_fx.passes.policy import excluded, too_small
 from wtacrs_fx.passes.sites import TRANSPOSES, site_name
+from wtacrs_fx.passes.sizes import hint
 
 aten = torch.ops.aten
 

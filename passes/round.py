@@ -25,6 +25,7 @@ from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.emit import Emitter, memory_order
 from wtacrs_fx.passes.factors import Factor, linear_source
 from wtacrs_fx.passes.kinds import Kind, is_tangent
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
 
 wtacrs = torch.ops.wtacrs
@@ -64,8 +65,8 @@ class Rounding:
 
     @property
     def shape(self) -> list[int]:
-        """Sizes in this order."""
-        return [self.tensor.meta["val"].shape[d] for d in self.order]
+        """Sizes in this order, of the example where they are symbolic."""
+        return [hint(self.tensor.meta["val"].shape[d]) for d in self.order]
 
     @property
     def bytes(self) -> int:

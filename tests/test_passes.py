@@ -11,8 +11,9 @@ from torch.fx import Graph, symbolic_trace
 from wtacrs_fx import Backend, InvariantError, WtacrsWarning
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.kinds import Kind, classify
-from wtacrs_fx.passes.policy import Action, hint, ratio_fraction, rows_kept
+from wtacrs_fx.passes.policy import Action, ratio_fraction, rows_kept
 from wtacrs_fx.passes.sites import clean_module_path, find_sites, gradient_outputs
+from wtacrs_fx.passes.sizes import hint
 
 from helpers import Block, Experts, Recorder, Transformer, calls, gradients, transformer_batch
 

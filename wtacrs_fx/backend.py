@@ -248,16 +248,14 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
 def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
     """A graph in which nothing is rounded although that was asked for. (Under a budget, and where rows are kept, there may be
     no need to.)"""
-    if config.round_bits is None or ledger.rounded:
+    if config.round_bits is None or ledger.rounded or config.memory_budget is not None or ledger.sampled:
         return []
     if any(isinstance(size, str) for t in ledger.tensors for size in t.shape):
         return [
-            f"wtacrs: round_bits={config.round_bits} has no effect in this graph, whose sizes are symbolic: such tensors stay "
-            "as they are. Keep sizes the same (drop a last, smaller batch; pad to one length), or compile with dynamic=False, "
-            "once for every size."
+            f"wtacrs: round_bits={config.round_bits} has no effect in this graph, whose sizes are symbolic: only tensors are "
+            "rounded whose rows have a known size, a multiple of four. Keep sizes the same (drop a last, smaller batch; pad to "
+            "one length), or compile with dynamic=False, once for every size."
         ]
-    if config.memory_budget is not None or ledger.sampled:
-        return []
     return [
         f"wtacrs: round_bits={config.round_bits}: nothing is rounded in this graph. The options round_include, round_exclude, "
         "round_fused_attention and min_bytes decide; float64 takes part with round_float64=True only."

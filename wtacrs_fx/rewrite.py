@@ -17,7 +17,7 @@ from wtacrs_fx.ledger import Entry, Ledger
 from wtacrs_fx.passes.einsum import split_einsums
 from wtacrs_fx.passes.forward import SampledProducts, sample_products
 from wtacrs_fx.passes.kinds import classify
-from wtacrs_fx.passes.policy import hint, rows_kept
+from wtacrs_fx.passes.policy import rows_kept
 from wtacrs_fx.passes.products import (
     FROZEN,
     Product,
@@ -27,6 +27,7 @@ from wtacrs_fx.passes.products import (
     linear_weights,
     tensor_of,
 )
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.passes.watch import watch
 from wtacrs_fx.traced_graph import check_traced, flatten_inputs, propagate, share
 

@@ -53,6 +53,8 @@ class Format:
             exact: steps are up to 1.2 % longer where a group holds both signs, more where its values are nearly equal. Groups
             of one or two values are then not exact: the error is below one step, as for others.
         group: neighbours that share a scale; a row that is no multiple of it is one group.
+        by_row: the codes of one byte are of one row, and codes have the leading dimensions of the tensor. For sizes that are
+            known when the graph runs; rows must come out even on bytes.
     """
 
     bits: int
@@ -60,6 +62,7 @@ class Format:
     high: float | None = None
     scale_bits: int = 32
     group: int = GROUP
+    by_row: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -125,9 +128,10 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
         form: bits, and the range if it is known.
 
     Returns:
-        codes, uint8, ``ceil(numel * bits / 8)`` of them; and, unless the range is known, lowest value and step of
-        every group, float32 ``[*shape[:-1], groups]``, or both in one int32 if they have 16 bits; and, in less than 8 bits,
-        the key. There the step is negative in groups whose random numbers are subtracted again; in a known range all are.
+        codes, uint8, ``ceil(numel * bits / 8)`` of them (by row ``[*shape[:-1], shape[-1] * bits / 8]``); and, unless the
+        range is known, lowest value and step of every group, float32 ``[*shape[:-1], groups]``, or both in one int32 if they
+        have 16 bits; and, in less than 8 bits, the key. There the step is negative in groups whose random numbers are
+        subtracted again; in a known range all are.
     """
     value = x.to(torch.float32)
     if form.low is not None and form.high is not None:
@@ -156,7 +160,7 @@ def _written(codes: Tensor, low: Tensor, step: Tensor, key: Tensor, form: Format
 
 def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
     codes = (scaled + uniform(key, scaled.shape)).floor().clamp(0, form.levels).to(torch.int32)
-    return pack(codes, form.bits)
+    return pack(codes, form.bits, by_row=form.by_row)
 
 
 def _upper_half(x: Tensor, *, upwards: bool) -> Tensor:
@@ -188,7 +192,9 @@ def written_bytes(shape: Sequence[int], form: Format) -> int:
 
 def dequantise(written: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, form: Format) -> Tensor:
     """The tensor that :func:`quantise` has written, of the given shape and type."""
-    codes = unpack(written[0], shape, form.bits)
+    if form.by_row:  # (sizes of what is there, which a tracer knows)
+        shape = (*written[0].shape[:-1], shape[-1])
+    codes = unpack(written[0], shape, form.bits, by_row=form.by_row)
     dither = 0.5 - uniform(written[-1], shape) if form.dithered else 0.0
     if form.low is not None and form.high is not None:
         return ((codes + dither) * ((form.high - form.low) / form.levels) + form.low).to(dtype)
@@ -204,7 +210,7 @@ def _spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
     return scale[..., None].expand(*scale.shape, shape[-1] // groups).reshape(shape) if groups != 1 else scale
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int, *, by_row: bool = False) -> Tensor:
     """Several codes to a byte, uint8 of ``ceil(numel * bits / 8)`` elements.
 
     With n = 8 / bits codes to a byte, the flat tensor is cut into n parts, and a byte holds one code of each: neighbours in
@@ -213,33 +219,48 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Args:
         codes: bool or integers below ``2^bits``, any shape.
         bits: 8, 4, 2 or 1.
+        by_row: cut every row into parts in place of the whole tensor, and keep the leading dimensions.
     """
     per_byte = 8 // bits
+    if by_row:
+        parts = codes.reshape(*codes.shape[:-1], per_byte, codes.shape[-1] // per_byte).to(torch.int32)
+        return _in_bytes(parts.movedim(-2, 0), bits)
     rows, width = _matrix(codes.shape, per_byte)
     size = (rows + per_byte - 1) // per_byte
     matrix = codes.reshape(rows, width)
     if missing := per_byte * size - rows:
         matrix = torch.constant_pad_nd(matrix, [0, 0, 0, missing])
-    parts = matrix.reshape(per_byte, size, width).to(torch.int32)
+    return _in_bytes(matrix.reshape(per_byte, size, width).to(torch.int32), bits)
+
+
+def _in_bytes(parts: Tensor, bits: int) -> Tensor:
+    """Codes [n, ...] -> bytes [...]."""
+    per_byte = len(parts)
     if 1 < per_byte < 8:  # a sum, which Inductor unrolls: for codes with several readers it would write them to memory
-        place = 1 << (bits * torch.arange(per_byte, dtype=torch.int32, device=codes.device))
-        return (parts * place[:, None, None]).sum(0, dtype=torch.int32).to(torch.uint8)
+        place = 1 << (bits * torch.arange(per_byte, dtype=torch.int32, device=parts.device))
+        return (parts * place.reshape(-1, *[1] * (parts.dim() - 1))).sum(0, dtype=torch.int32).to(torch.uint8)
     packed = parts[per_byte - 1]
     for i in range(per_byte - 2, -1, -1):
         packed = packed * 2**bits + parts[i]
     return packed.to(torch.uint8)
 
 
-def unpack(packed: Tensor, shape: Sequence[int], bits: int) -> Tensor:
+def unpack(packed: Tensor, shape: Sequence[int], bits: int, *, by_row: bool = False) -> Tensor:
     """The codes that :func:`pack` has packed, of the given shape: whole numbers in float32, or bool for 1 bit."""
     per_byte = 8 // bits
     if per_byte == 1:
         return packed.reshape(shape).to(torch.float32)
+    place = bits * torch.arange(per_byte, device=packed.device)[:, None]
+    masks, scales = ((2**bits - 1) << place).to(torch.uint8), 1 / (1 << place).to(torch.float32)
+
+    def codes(packed: Tensor, masks: Tensor, scales: Tensor) -> Tensor:
+        here = packed & masks  # (shifts of bytes are slow on CPU)
+        return here != 0 if bits == 1 else here.to(torch.float32) * scales
+
+    if by_row:
+        return codes(packed[..., None, :], masks, scales).reshape(shape)
     rows, width = _matrix(shape, per_byte)
-    place = bits * torch.arange(per_byte, device=packed.device)[:, None, None]
-    here = packed & ((2**bits - 1) << place).to(torch.uint8)  # (shifts of bytes are slow on CPU)
-    codes = here != 0 if bits == 1 else here.to(torch.float32) * (1 / (1 << place).to(torch.float32))
-    return codes.reshape(-1, width)[:rows].reshape(shape)
+    return codes(packed, masks[..., None], scales[..., None]).reshape(-1, width)[:rows].reshape(shape)
 
 
 def _matrix(shape: Sequence[int], per_byte: int) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.ledger import format_bytes
 from wtacrs_fx.passes.kinds import Kind, classify, is_tangent
-from wtacrs_fx.passes.policy import hint, is_view
+from wtacrs_fx.passes.policy import is_view
 from wtacrs_fx.passes.products import linear_weights
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.passes.tangents import find_tangents, match_gradients
 from wtacrs_fx.passes.watch import op_name
 

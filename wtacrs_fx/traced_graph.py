@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from wtacrs_fx.functional import RowSampler
-from wtacrs_fx.passes.policy import hint
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.private import FakeTensorMode, tree_leaves
 from wtacrs_fx.swap import SampledLinear
 
