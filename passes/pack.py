@@ -11,7 +11,9 @@ Backward::
     gt: "b8[16, 128, 768]"  (placeholder)      ->     packed: "u8[256, 768]"  (placeholder)
                                                       ne: "b8[16, 128, 768]" = (packed & bit) != 0
 
-Inductor computes the unpacking inside of the kernels that read the mask: no mask is in memory in the backward.
+Inductor computes the unpacking inside of the kernels that read the mask: no mask is in memory in the backward. In the forward
+it writes the mask once, in bytes that are numbers: its code for writing vectors of bools on CPU takes 8 ns an element, and
+3 ns for reading them, against 0.2 ns.
 """
 
 import operator
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.passes.emit import Emitter, memory_order
-from wtacrs_fx.passes.kinds import is_tensor
+from wtacrs_fx.passes.kinds import is_drawn_mask, is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
 from wtacrs_fx.rounding import pack, unpack
@@ -92,17 +94,44 @@ def hoist(mask: Node, position: Mapping[Node, int]) -> None:
 
 
 def _pack(graph: Graph, mask: Node) -> Node:
-    order, stride = memory_order(mask.meta["val"]), list(mask.meta["val"].stride())
+    name = mask.name
+    order = memory_order(mask.meta["val"])
+    mask = write_bytes(graph, mask)
 
     def function(mask: Tensor) -> Tensor:
-        # The mask becomes a buffer where it is made. A dropout mask would otherwise be computed in this kernel too, from
-        # random numbers that would have to be in memory, 4 bytes each.
-        return pack(prims.inductor_force_stride_order(mask, stride).permute(order), 1)
+        return pack(mask.permute(order), 1)
 
     with graph.inserting_before(mask.next):
         packed = Emitter(graph, mask).inline(function, mask)
-    packed.name = f"{mask.name}_packed"
+    packed.name = f"{name}_packed"
     return packed
+
+
+def write_bytes(graph: Graph, mask: Node) -> Node:
+    """A buffer of bytes with the mask, written where it is made. A drawn mask is read from there by all its readers (else it
+    would be computed in every one of them, from random numbers that would have to be in memory, 4 bytes each); others are left
+    to compute it. Returns the mask as it is read from the buffer."""
+    stride = list(mask.meta["val"].stride())
+
+    def write(mask: Tensor) -> Tensor:
+        return prims.inductor_force_stride_order(as_byte(mask), stride)
+
+    readers = list(mask.users) if is_drawn_mask(mask) else []
+    with graph.inserting_before(mask.next):
+        emit = Emitter(graph, mask)
+        given: Node = emit.inline(as_bool, emit.inline(write, mask))
+    for reader in readers:
+        reader.replace_input_with(mask, given)
+    return given
+
+
+def as_byte(mask: Tensor) -> Tensor:
+    """By way of int32, from where Inductor has vector operations to bytes."""
+    return mask.to(torch.int32).to(torch.uint8)
+
+
+def as_bool(byte: Tensor) -> Tensor:
+    return byte.to(torch.int32) != 0
 
 
 def _unpack(graph: Graph, placeholder: Node, mask: Node, packed: Node) -> None:

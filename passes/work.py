@@ -17,6 +17,7 @@ from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.costly import spread_costly
 from wtacrs_fx.passes.draws import Draws
+from wtacrs_fx.passes.dropout import draw_masks
 from wtacrs_fx.passes.factors import find_factors, share
 from wtacrs_fx.passes.invariants import check_draws, check_partition
 from wtacrs_fx.passes.joint_graph import copy_joint, padding_placeholder, parameter_names, weight_placeholders
@@ -147,6 +148,8 @@ class Work:
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
         check_draws(self.joint, *self.best)
         for module in self.best:
+            with watch("draw_masks", module.graph, self.config.verbose):
+                draw_masks(module.graph)
             with watch("split_seeds", module.graph, self.config.verbose):
                 split_seeds(module.graph)
             module.recompile()  # once for all changes

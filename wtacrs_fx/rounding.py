@@ -237,8 +237,8 @@ def unpack(packed: Tensor, shape: Sequence[int], bits: int) -> Tensor:
         return packed.reshape(shape).to(torch.float32)
     rows, width = _matrix(shape, per_byte)
     place = bits * torch.arange(per_byte, device=packed.device)[:, None, None]
-    here = packed & ((2**bits - 1) << place).to(torch.uint8)  # (shifts of bytes are slow on CPU)
-    codes = here != 0 if bits == 1 else here.to(torch.float32) * (1 / (1 << place).to(torch.float32))
+    here = packed & ((2**bits - 1) << place).to(torch.uint8)  # (shifts and comparisons of bytes are slow on CPU)
+    codes = here.to(torch.int32) != 0 if bits == 1 else here.to(torch.float32) * (1 / (1 << place).to(torch.float32))
     return codes.reshape(-1, width)[:rows].reshape(shape)
 
 
