@@ -69,8 +69,8 @@ def test_untouched(f):
 
 
 def two_keys(seeds):
-    first = wtacrs.stream_key(seeds[:1], 7)
-    return first, wtacrs.stream_key(seeds[1:2], 3), wtacrs.stream_key(seeds[1:2], 0)
+    one, other = seeds[:1], seeds[1:2]
+    return wtacrs.stream_key(one, 7), wtacrs.stream_key(other, 3), wtacrs.stream_key(other, 0)
 
 
 def test_keys_are_made_at_once():
