@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
+import wtacrs_fx.ops  # noqa: F401  (registers the custom ops)
 from wtacrs_fx.passes.cost import Roofline, flops, launches
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import is_view, view_base
@@ -23,6 +24,7 @@ from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.private import OpOverload, inductor_config
 
 aten, prims = torch.ops.aten, torch.ops.prims
+DRAWN = (prims.inductor_random.default, torch.ops.wtacrs.drawn_mask.default)
 
 REDUCTIONS = frozenset((
     aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default,
@@ -34,7 +36,7 @@ _POINTWISE = frozenset((
     aten.arange.start_step, aten.zeros_like.default, aten.ones_like.default, aten.scalar_tensor.default, prims.iota.default,
     aten.clone.default, aten.copy.default, aten._to_copy.default, prims.convert_element_type.default, aten.where.self,
     aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
-    prims.inductor_random.default, prims.inductor_lookup_seed.default,
+    *DRAWN, prims.inductor_lookup_seed.default,
 ))  # fmt: skip
 
 COSTLY = (aten.exp.default, aten.sigmoid.default)
@@ -229,6 +231,6 @@ def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]], facts
 
 def _is_realized(node: Node, readers: int, reads: int, many: int, facts: Facts) -> bool:
     """Inductor's rule for values that it might as well compute again in every reader; ``many`` is its threshold."""
-    if node.target is prims.inductor_random.default:
+    if node.target in DRAWN:
         return True
     return reads > 2 * many or (readers > 1 and (reads > many or facts.costly(node)))

@@ -11,7 +11,9 @@ Backward::
     gt: "b8[16, 128, 768]"  (placeholder)      ->     packed: "u8[256, 768]"  (placeholder)
                                                       ne: "b8[16, 128, 768]" = (packed & bit) != 0
 
-Inductor computes the unpacking inside of the kernels that read the mask: no mask is in memory in the backward.
+Inductor computes the unpacking inside of the kernels that read the mask: no mask is in memory in the backward. In the forward
+it writes the mask once, in bytes that are numbers: its code for writing vectors of bools on CPU takes 8 ns an element, and
+3 ns for reading them, against 0.2 ns.
 """
 
 import operator
@@ -23,9 +25,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.passes.emit import Emitter, memory_order
-from wtacrs_fx.passes.kinds import is_tensor
+from wtacrs_fx.passes.kinds import is_drawn_mask, is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
+from wtacrs_fx.passes.sizes import hint, is_symbolic, is_unbacked
 from wtacrs_fx.rounding import pack, unpack
 
 prims = torch.ops.prims
@@ -45,7 +48,7 @@ def pack_masks(forward: GraphModule, backward: GraphModule, num_fwd_outputs: int
     """Pack every mask that a partitioned forward hands to its backward.
 
     Left alone are masks that are in memory anyway (inputs and outputs of the forward, and views of them), that are smaller
-    than ``min_bytes``, of symbolic size, or expanded or cut from another tensor.
+    than ``min_bytes``, of symbolic sizes where rows are no whole bytes, or expanded or cut from another tensor.
 
     Returns: one entry per mask. Without any, the graphs are as they were.
     """
@@ -75,8 +78,17 @@ def pack_masks(forward: GraphModule, backward: GraphModule, num_fwd_outputs: int
 def _is_dense_mask(node: Node, min_bytes: int) -> bool:
     if not is_tensor(node) or node.meta["val"].dtype is not torch.bool:
         return False
-    numel, stored = node.meta["val"].numel(), node.meta["val"].untyped_storage().nbytes()
-    return isinstance(numel, int) and isinstance(stored, int) and numel == stored >= max(1, min_bytes)
+    value = node.meta["val"]
+    if any(map(is_unbacked, value.shape)) or (is_symbolic(value.shape) and not _has_whole_bytes(value)):
+        return False
+    numel, stored = hint(value.numel()), hint(value.untyped_storage().nbytes())
+    return numel == stored >= max(1, min_bytes)
+
+
+def _has_whole_bytes(value: Tensor) -> bool:
+    """Whether its rows, as they lie in memory, have a known size that comes out even on bytes."""
+    width = value.shape[memory_order(value)[-1]] if value.dim() else 0
+    return isinstance(width, int) and width % 8 == 0
 
 
 def hoist(mask: Node, position: Mapping[Node, int]) -> None:
@@ -92,26 +104,54 @@ def hoist(mask: Node, position: Mapping[Node, int]) -> None:
 
 
 def _pack(graph: Graph, mask: Node) -> Node:
-    order, stride = memory_order(mask.meta["val"]), list(mask.meta["val"].stride())
+    name = mask.name
+    order, by_row = memory_order(mask.meta["val"]), is_symbolic(mask.meta["val"].shape)
+    mask = write_bytes(graph, mask)
 
     def function(mask: Tensor) -> Tensor:
-        # The mask becomes a buffer where it is made. A dropout mask would otherwise be computed in this kernel too, from
-        # random numbers that would have to be in memory, 4 bytes each.
-        return pack(prims.inductor_force_stride_order(mask, stride).permute(order), 1)
+        return pack(mask.permute(order), 1, by_row=by_row)
 
     with graph.inserting_before(mask.next):
         packed = Emitter(graph, mask).inline(function, mask)
-    packed.name = f"{mask.name}_packed"
+    packed.name = f"{name}_packed"
     return packed
+
+
+def write_bytes(graph: Graph, mask: Node) -> Node:
+    """A buffer of bytes with the mask, written where it is made. A drawn mask is read from there by all its readers (else it
+    would be computed in every one of them, from random numbers that would have to be in memory, 4 bytes each); others are left
+    to compute it. Returns the mask as it is read from the buffer."""
+
+    def write(mask: Tensor) -> Tensor:
+        return prims.inductor_force_stride_order(as_byte(mask), list(mask.stride()))
+
+    readers = list(mask.users) if is_drawn_mask(mask) else []
+    with graph.inserting_before(mask.next):
+        emit = Emitter(graph, mask)
+        given: Node = emit.inline(as_bool, emit.inline(write, mask))
+    for reader in readers:
+        reader.replace_input_with(mask, given)
+    return given
+
+
+def as_byte(mask: Tensor) -> Tensor:
+    """By way of int32, from where Inductor has vector operations to bytes."""
+    return mask.to(torch.int32).to(torch.uint8)
+
+
+def as_bool(byte: Tensor) -> Tensor:
+    return byte.to(torch.int32) != 0
 
 
 def _unpack(graph: Graph, placeholder: Node, mask: Node, packed: Node) -> None:
     order = memory_order(mask.meta["val"])
-    shape = [mask.meta["val"].shape[d] for d in order]
+    sizes = [mask.meta["val"].shape[d] for d in order]
+    by_row = is_symbolic(sizes)
     inverse = [order.index(d) for d in range(len(order))]
 
     def function(packed: Tensor) -> Tensor:
-        return unpack(packed, shape, 1).permute(inverse)
+        shape = [*packed.shape[:-1], sizes[-1]] if by_row else sizes
+        return unpack(packed, shape, 1, by_row=by_row).permute(inverse)
 
     with graph.inserting_before(placeholder):
         given = graph.placeholder(packed.name)

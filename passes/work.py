@@ -17,6 +17,7 @@ from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.costly import spread_costly
 from wtacrs_fx.passes.draws import Draws
+from wtacrs_fx.passes.dropout import draw_masks
 from wtacrs_fx.passes.factors import find_factors, rounded_types, share
 from wtacrs_fx.passes.invariants import check_draws, check_partition
 from wtacrs_fx.passes.joint_graph import copy_joint, padding_placeholder, parameter_names, weight_placeholders
@@ -31,7 +32,7 @@ from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retr
 from wtacrs_fx.passes.recompute import protect_draws, protect_readers_of_mutated, recompute, take_user_regions
 from wtacrs_fx.passes.round import Rounding, round_factors
 from wtacrs_fx.passes.sample import Sampled, sample
-from wtacrs_fx.passes.seeds import split_seeds
+from wtacrs_fx.passes.seeds import share_keys, split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs
 from wtacrs_fx.passes.unfold import unfold_late_sums
@@ -147,8 +148,12 @@ class Work:
         check_partition(*self.best, self.plan, self.done, self.num_fwd_outputs)
         check_draws(self.joint, *self.best)
         for module in self.best:
+            with watch("draw_masks", module.graph, self.config.verbose):
+                draw_masks(module.graph)
             with watch("split_seeds", module.graph, self.config.verbose):
                 split_seeds(module.graph)
+            with watch("share_keys", module.graph, self.config.verbose):
+                share_keys(module.graph)
             module.recompile()  # once for all changes
 
     def settle_sites(self) -> None:

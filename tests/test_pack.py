@@ -110,12 +110,39 @@ def test_left_alone(kind, options):
     assert recorder.ledger.saved_bytes == recorder.ledger.saved_bytes_exact
 
 
-def test_symbolic_sizes_are_left_alone():
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_symbolic_sizes(inner):
+    """Packed by row, in one graph for every batch: gradients and bytes are those without packing, at an eighth of the masks'."""
+    torch.manual_seed(0)
     model = Transformer(dropout=0.1)
+    found, held = {}, {}
+    for packs in (True, False):
+        torch._dynamo.reset()
+        backend = Backend(**{**EXACT, "inner": inner, "pack_masks": packs})
+        compiled = torch.compile(model, backend=backend, dynamic=True)
+        for size in (8, 5):
+            batch = transformer_batch(size)
+            torch.manual_seed(1)
+            with measure.held(model) as seen:
+                compiled(*batch)
+            torch.manual_seed(1)
+            found[packs, size], held[packs, size] = gradients(model, *batch, call=compiled), seen.bytes
+        assert held[packs, 8] == backend.ledger.saved_bytes
+        assert len(backend.ledgers) == 1
+        if packs:
+            masks = sum(c.bytes_exact for c in backend.ledger.compressed)
+            assert len(backend.ledger.compressed) >= 4
+    assert held[False, 8] - held[True, 8] == masks * 7 // 8
+    assert held[False, 5] - held[True, 5] == masks * 7 // 8 * 5 // 8
+    for size in (8, 5):
+        for name, value in found[False, size].items():
+            torch.testing.assert_close(found[True, size][name], value, msg=name)
+
+
+def test_symbolic_rows_of_no_whole_bytes_are_left_alone():
+    model = nn.Sequential(nn.Linear(16, 36), nn.ReLU(), nn.Linear(36, 4))
     backend = Backend(**EXACT)
-    compiled = torch.compile(model, backend=backend, dynamic=True)
-    for batch in (8, 5):
-        gradients(model, *transformer_batch(batch), call=compiled)
+    torch.compile(model, backend=backend, dynamic=True)(torch.randn(33, 16)).sum().backward()
     assert backend.ledger.compressed == ()
 
 

@@ -68,6 +68,10 @@ USED = {
     "functorch_config": Private("torch._functorch", "torch's own memory budget", "config"),
     "inductor_config": Private("torch._inductor", "Inductor's own options", "config"),
     "cache_dir": Private("torch._inductor.runtime.cache_dir_utils", "ledgers lie beside Inductor's cache"),
+    # how Inductor computes one of our ops
+    "register_lowering": Private("torch._inductor.lowering", "dropout masks"),
+    "inductor_ir": Private("torch._inductor", "the same", "ir"),
+    "inductor_ops": Private("torch._inductor.virtualized", "the same", "ops"),
     # what Inductor will do with a graph
     "GraphLowering": Private("torch._inductor.graph", "whether it lays tensors out with channels last"),
     "WeakDep": Private("torch._inductor.dependencies", "order of kernels"),

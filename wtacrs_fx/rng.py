@@ -8,6 +8,9 @@ and :func:`uniform` expands the resulting seed on the device by counters.
 
 import ctypes
 import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,11 @@ _WORD0 = 3
 
 _SPARE_BITS = 0x7FFF_FFFF
 _GOLDEN = 0x9E3779B97F4A7C15
+
+_PHILOX_FACTORS, _PHILOX_KEYS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+
+DRAWN_SCALE = 4.6566127342e-10
+"""Of 31 random bits to a number in [0, 1), as Inductor has it."""
 
 _private: dict[int, torch.Generator] = {}
 """Generators for ``Config(seed=...)``, one per seed and process, as torch keeps one default generator per process."""
@@ -79,9 +87,53 @@ def split(seed: Tensor, n: int) -> Tensor:
 
 def key(seed: Tensor, stream: int) -> Tensor:
     """int32 [2], the start of a stream for a generator with a key of two words. Args as for :func:`uniform`."""
-    start = _start(seed, stream)
-    words = torch.cat([start, _shift(start, 32)]) & (2**32 - 1)
+    return _words(_start(seed, stream))[0]
+
+
+def keys(seed: Tensor, n: int, apart: int = 1) -> Tensor:
+    """int32 [n, 2], the keys of streams 0, ``apart``, 2 ``apart`` and so on."""
+    streams = torch.arange(n, device=seed.device) * apart
+    return _words(_mix(seed + _mix(streams + _signed(_GOLDEN))))
+
+
+def _words(start: Tensor) -> Tensor:
+    """int64 [n] in two words of 32 bits, int32 [n, 2]."""
+    words = torch.stack([start, _shift(start, 32)], -1) & (2**32 - 1)
     return ((words ^ 2**31) - 2**31).to(torch.int32)
+
+
+def philox(position: Any, seed: Any, number: Callable[[int], Any], upper: Callable[[Any], Any]) -> Any:
+    """Inductor's 32 random bits at a position on CPU: the first word of Philox 4x32-10 (Salmon et al., Parallel random numbers:
+    as easy as 1, 2, 3, SC 2011) with counter (position, 0, 0, 0) and key (seed, 0).
+
+    Every value is the lower half of an int64, and what stands in the upper half is dropped before it matters: the low word of
+    a product needs no operation then, and the high word one.
+
+    Args:
+        position, seed: int64; tensors, or values of Inductor's loops.
+        number: of a Python integer, what such values can be combined with.
+        upper: of an int64, the upper half.
+
+    Returns: int64, of which the lower 32 bits count.
+    """
+    word = number(2**32 - 1)
+    first, second = number(_PHILOX_FACTORS[0]), number(_PHILOX_FACTORS[1])
+    key, other = seed & word, 0
+    product = (position & word) * first
+    a, b, c, d = key, None, upper(product), product  # (of the first round half is known)
+    for _ in range(9):
+        key, other = key + number(_PHILOX_KEYS[0]), (other + _PHILOX_KEYS[1]) & 0xFFFFFFFF
+        p, q = (a & word) * first, (c & word) * second
+        high = upper(q)
+        a, b, c, d = (high if b is None else high ^ b) ^ key, q, upper(p) ^ d ^ number(other), p
+    return a
+
+
+def drawn(shape: Sequence[int], seed: Tensor) -> Tensor:
+    """The numbers of ``torch.ops.prims.inductor_random(shape, seed, "rand")`` as Inductor computes them on CPU, float32."""
+    position = torch.arange(math.prod(shape), device=seed.device).reshape(tuple(shape))
+    bits = philox(position, seed, lambda x: x, lambda x: x >> 32)
+    return (bits & 0x7FFFFFFF).to(torch.int32).to(torch.float32) * DRAWN_SCALE
 
 
 def _start(seed: Tensor, stream: int) -> Tensor:

@@ -254,8 +254,8 @@ def unpack(packed: Tensor, shape: Sequence[int], bits: int, *, by_row: bool = Fa
     masks, scales = ((2**bits - 1) << place).to(torch.uint8), 1 / (1 << place).to(torch.float32)
 
     def codes(packed: Tensor, masks: Tensor, scales: Tensor) -> Tensor:
-        here = packed & masks  # (shifts of bytes are slow on CPU)
-        return here != 0 if bits == 1 else here.to(torch.float32) * scales
+        here = packed & masks  # (shifts and comparisons of bytes are slow on CPU)
+        return here.to(torch.int32) != 0 if bits == 1 else here.to(torch.float32) * scales
 
     if by_row:
         return codes(packed[..., None, :], masks, scales).reshape(shape)
