@@ -159,7 +159,7 @@ def linear_source(node: Node, kinds: Mapping[Node, Kind]) -> Node | None:
     """The one large activation that the node is an affine function of, if its other inputs are small, weights or masks."""
     if node.op != "call_function" or node.target is operator.getitem or not is_tensor(node):
         return None
-    inputs = node.all_input_nodes
+    inputs = [n for n in node.all_input_nodes if is_tensor(n)]  # (symbolic sizes of views are nodes too)
     power_of_one = node.target is aten.pow.Tensor_Scalar and node.args[1] == 1
     if (is_view(node) or node.target in _SAME or power_of_one) and len(inputs) == 1:
         return inputs[0] if is_rounded(inputs[0]) else None

@@ -112,7 +112,7 @@ def test_left_alone(kind, options):
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_symbolic_sizes(inner):
-    """Packed by row, in one graph for every batch: gradients and bytes are those without packing, at an eighth of the masks'."""
+    """Packed by row, in one graph for every batch: gradients are those without packing, bytes an eighth of the masks."""
     torch.manual_seed(0)
     model = Transformer(dropout=0.1)
     found, held = {}, {}

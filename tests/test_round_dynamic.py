@@ -1,6 +1,7 @@
 """Rounding where sizes are symbolic: one graph for every batch, with the bytes and the noise of a graph of fixed sizes."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -133,16 +134,21 @@ def test_rows_of_no_whole_bytes_stay_as_they_are(width):
 
 
 def test_under_a_budget():
+    """The least peak of plans that may round is below that of plans that only recompute; one graph for every batch."""
     torch.manual_seed(0)
-    model, backend = Transformer(layers=3), Backend(**{**ROUNDED, "memory_budget": 0.2, "round_bits": 8})
-    compiled = dynamic(model, backend)
-    for size in (8, 7):
-        batch = transformer_batch(size)
-        found = gradients(model, *batch, call=compiled)
-        assert measure.relative_error(found, gradients(model, *batch)) < 5e-4
-    assert len(backend.ledgers) == 1
-    assert backend.ledger.predicted.peak <= 0.2 * backend.ledger.predicted_exact.peak
-    assert backend.ledger.rounded
+    model, peaks = Transformer(layers=3), {}
+    for bits in (None, 4):
+        backend = Backend(**{**ROUNDED, "memory_budget": 0.05, "round_bits": bits})
+        compiled = dynamic(model, backend)
+        for size in (8, 7):
+            batch = transformer_batch(size)
+            with pytest.warns(WtacrsWarning, match="This least peak is used") if size == 8 else nullcontext():
+                found = gradients(model, *batch, call=compiled)
+            assert measure.relative_error(found, gradients(model, *batch)) < (0.05 if bits else 1e-8)
+        assert len(backend.ledgers) == 1
+        assert backend.ledger.rounded is (bits is not None)
+        peaks[bits] = backend.ledger.predicted.peak
+    assert peaks[4] < peaks[None]
 
 
 def test_a_check_measures_them():
