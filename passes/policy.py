@@ -103,13 +103,9 @@ def share_ratios(plan: Sequence[Decision], config: Config) -> list[Decision]:
 
 def _rows_and_format(site: Site, k: Any, config: Config) -> "tuple[int | torch.SymInt, Format | None]":
     form = row_format(site, k, config)
-    if (
-        form is not None
-        and not form.by_row
-        and (missing := -k % (8 // form.bits))
-        and k + missing <= site.activation.rows
-    ):
-        k += missing  # rows come out even on bytes
+    if form is not None and not form.by_row:  # rows come out even on bytes
+        missing = -k % (8 // form.bits)
+        k += missing if k + missing <= site.activation.rows else 0
     return k, form
 
 

@@ -84,6 +84,7 @@ def test_the_mean_is_exact():
             assert 0 < rms < 1.5, f"{name}: z rms {rms:.2f}"
 
 
+@pytest.mark.works_with("Shapes", "a last, smaller batch, with `round_bits`", "as much is rounded behind it")
 def test_a_last_smaller_batch():
     """After it Dynamo's graph is dynamic: as much is rounded, and nothing is said."""
     torch.manual_seed(0)
