@@ -12,6 +12,7 @@ After (see :mod:`wtacrs_fx.drawn`)::
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from wtacrs_fx.passes.pack import as_bool
 
 aten, prims, wtacrs = torch.ops.aten, torch.ops.prims, torch.ops.wtacrs
 
-_ABOVE = {aten.gt.Scalar: True, aten.lt.Scalar: False}
+_ABOVE: Mapping[Any, bool] = {aten.gt.Scalar: True, aten.lt.Scalar: False}
 
 POSITIONS = 2**31
 """Inductor counts an element's position in 32 bits."""
@@ -53,7 +54,7 @@ def draw_masks(graph: Graph) -> int:
 def _is_drawn_for_masks(random: Node) -> bool:
     shape, _, mode = random.args
     assert isinstance(shape, (list, tuple))
-    static = all(isinstance(s, int) for s in shape) and math.prod(shape) < POSITIONS  # type: ignore[arg-type]
+    static = all(isinstance(s, int) for s in shape) and math.prod(shape) < POSITIONS
     plain = random.meta["val"].device.type == "cpu" and mode == "rand" and not random.kwargs.get("offset")
     return static and plain and all(u.target in _ABOVE and isinstance(u.args[1], (int, float)) for u in random.users)
 

@@ -159,8 +159,9 @@ def _written(codes: Tensor, low: Tensor, step: Tensor, key: Tensor, form: Format
 
 
 def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
-    codes = (scaled + uniform(key, scaled.shape)).floor().clamp(0, form.levels).to(torch.int32)
-    return pack(codes, form.bits, by_row=form.by_row)
+    codes = (scaled + uniform(key, scaled.shape)).floor()
+    # (A NaN would spoil the whole byte: no code for it is above zero.)
+    return pack(torch.where(codes > 0, codes, 0.0).clamp_max(form.levels), form.bits, by_row=form.by_row)
 
 
 def _upper_half(x: Tensor, *, upwards: bool) -> Tensor:
@@ -217,28 +218,31 @@ def pack(codes: Tensor, bits: int, *, by_row: bool = False) -> Tensor:
     memory stay neighbours, which vector loads need. Where it does not come out even, the last codes are zeros.
 
     Args:
-        codes: bool or integers below ``2^bits``, any shape.
+        codes: bool or whole numbers below ``2^bits``, any shape. Floating point stays so until the bytes are made: in a kernel
+            that reads bfloat16, Inductor's conversion by way of int32 takes 0.75 ns a value on one core, and 0.2 ns at once.
         bits: 8, 4, 2 or 1.
         by_row: cut every row into parts in place of the whole tensor, and keep the leading dimensions.
     """
     per_byte = 8 // bits
     if by_row:
-        parts = codes.reshape(*codes.shape[:-1], per_byte, codes.shape[-1] // per_byte).to(torch.int32)
+        parts = codes.reshape(*codes.shape[:-1], per_byte, codes.shape[-1] // per_byte)
         return _in_bytes(parts.movedim(-2, 0), bits)
     rows, width = _matrix(codes.shape, per_byte)
     size = (rows + per_byte - 1) // per_byte
     matrix = codes.reshape(rows, width)
     if missing := per_byte * size - rows:
         matrix = torch.constant_pad_nd(matrix, [0, 0, 0, missing])
-    return _in_bytes(matrix.reshape(per_byte, size, width).to(torch.int32), bits)
+    return _in_bytes(matrix.reshape(per_byte, size, width), bits)
 
 
 def _in_bytes(parts: Tensor, bits: int) -> Tensor:
     """Codes [n, ...] -> bytes [...]."""
     per_byte = len(parts)
+    parts = parts if parts.is_floating_point() else parts.to(torch.int32)
     if 1 < per_byte < 8:  # a sum, which Inductor unrolls: for codes with several readers it would write them to memory
         place = 1 << (bits * torch.arange(per_byte, dtype=torch.int32, device=parts.device))
-        return (parts * place.reshape(-1, *[1] * (parts.dim() - 1))).sum(0, dtype=torch.int32).to(torch.uint8)
+        place = place.reshape(-1, *[1] * (parts.dim() - 1)).to(parts.dtype)
+        return (parts * place).sum(0, dtype=parts.dtype).to(torch.uint8)
     packed = parts[per_byte - 1]
     for i in range(per_byte - 2, -1, -1):
         packed = packed * 2**bits + parts[i]
