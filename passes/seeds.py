@@ -1,4 +1,4 @@
-"""Give every seed a tensor of its own, so that layers share their kernels; and make the keys of all roundings at once.
+"""Give every seed a tensor of its own, so that layers share their kernels.
 
 Inductor draws all seeds of a graph at once. On CPU a kernel that draws a dropout mask has the position of its seed written
 into its code, so that every layer's kernel is generated and compiled anew (on CUDA the position is an argument). Read from
@@ -42,36 +42,4 @@ def split_seeds(graph: Graph) -> int:
             with graph.inserting_before(lookup):
                 part = Emitter(graph, seeds)(operator.getitem, parts, lookup.args[1])
             lookup.args = (part, 0)
-    return sum(map(len, several.values()))
-
-
-def share_keys(graph: Graph) -> int:
-    """Make all keys of roundings at once. (An op takes 0.2 ms on CPU, for one key or for many: 6 ms in a step of a GPT-2 with 3
-    layers at 4 bits.) Returns how many there are; a lone one is left as it is.
-
-    Before::
-
-        key: "i32[2]" = wtacrs.stream_key(seed, 4)
-        key_1: "i32[2]" = wtacrs.stream_key(seed, 5)
-
-    After::
-
-        keys: "(i32[2], i32[2])" = wtacrs.stream_keys(seed, [4, 5])
-        key: "i32[2]" = keys[0]
-        key_1: "i32[2]" = keys[1]
-    """
-    of_seed: dict[Node, list[Node]] = {}
-    for key in graph.find_nodes(op="call_function", target=wtacrs.stream_key.default):
-        seed = key.args[0]
-        assert isinstance(seed, Node)
-        of_seed.setdefault(seed, []).append(key)
-    several = {seed: found for seed, found in of_seed.items() if len(found) > 1}
-    for seed, found in several.items():
-        with graph.inserting_before(found[0]):  # in graph order
-            emit = Emitter(graph, found[0])
-            keys = emit(wtacrs.stream_keys.default, seed, [n.args[1] for n in found])
-            for i, key in enumerate(found):
-                key.replace_all_uses_with(emit(operator.getitem, keys, i))
-        for key in found:
-            graph.erase_node(key)
     return sum(map(len, several.values()))

@@ -26,16 +26,6 @@ def test_opcheck_stream_key(seed):
     opcheck(ops.stream_key.default, (seed, 2))
 
 
-@pytest.mark.parametrize("streams", [[0], [4, 1]])
-def test_opcheck_stream_keys(streams):
-    opcheck(ops.stream_keys.default, (torch.tensor([3]), streams))
-
-
-@pytest.mark.parametrize("above", [True, False])
-def test_opcheck_drawn_mask(above):
-    opcheck(ops.drawn_mask.default, (torch.tensor(3), [2, 5], 0.3, above))
-
-
 @pytest.mark.parametrize("n", [1, 5])
 def test_opcheck_split_seeds(n):
     opcheck(ops.split_seeds.default, (torch.arange(n),))

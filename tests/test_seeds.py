@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import wtacrs_fx
 from wtacrs_fx.inductor import known_results
-from wtacrs_fx.passes.seeds import share_keys, split_seeds
+from wtacrs_fx.passes.seeds import split_seeds
 
 from helpers import calls, gradients
 
@@ -66,24 +66,6 @@ def test_untouched(f):
     before, (after, count) = trace(f).graph, rewritten(f)
     assert count == 0
     assert str(after.graph) == str(before)
-
-
-def two_keys(seeds):
-    one, other = seeds[:1], seeds[1:2]
-    return wtacrs.stream_key(one, 7), wtacrs.stream_key(other, 3), wtacrs.stream_key(other, 0)
-
-
-def test_keys_are_made_at_once():
-    """Those of one seed; the numbers are those of keys made one by one."""
-    module = trace(two_keys)
-    expected = module(SEEDS)
-    assert share_keys(module.graph) == 2
-    module.graph.lint()
-    module.recompile()
-    assert (calls(module, wtacrs.stream_key.default), calls(module, wtacrs.stream_keys.default)) == (1, 1)
-    assert all(map(torch.equal, module(SEEDS), expected))
-    assert len({tuple(key.tolist()) for key in expected}) == 3
-    assert share_keys(module.graph) == 0
 
 
 class Dropped(nn.Module):

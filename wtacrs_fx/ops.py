@@ -72,18 +72,6 @@ def _(seed: Tensor, stream: int) -> Tensor:
     return seed.new_empty((2,), dtype=torch.int32)
 
 
-@torch.library.custom_op("wtacrs::stream_keys", mutates_args=())
-def stream_keys(seed: Tensor, streams: list[int]) -> list[Tensor]:
-    """``stream_key`` of several streams, numbered from 0, at once: a call takes 0.2 ms on CPU, for one or for many."""
-    keys = rng.keys(seed, max(streams, default=-1) + 1, 4)
-    return [keys[stream].clone() for stream in streams]
-
-
-@stream_keys.register_fake
-def _(seed: Tensor, streams: list[int]) -> list[Tensor]:
-    return [seed.new_empty((2,), dtype=torch.int32) for _ in streams]
-
-
 @torch.library.custom_op("wtacrs::split_seeds", mutates_args=())
 def split_seeds(seeds: Tensor) -> list[Tensor]:
     """Every number of int64 [n] as a tensor [1] of its own."""

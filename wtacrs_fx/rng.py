@@ -87,18 +87,8 @@ def split(seed: Tensor, n: int) -> Tensor:
 
 def key(seed: Tensor, stream: int) -> Tensor:
     """int32 [2], the start of a stream for a generator with a key of two words. Args as for :func:`uniform`."""
-    return _words(_start(seed, stream))[0]
-
-
-def keys(seed: Tensor, n: int, apart: int = 1) -> Tensor:
-    """int32 [n, 2], the keys of streams 0, ``apart``, 2 ``apart`` and so on."""
-    streams = torch.arange(n, device=seed.device) * apart
-    return _words(_mix(seed + _mix(streams + _signed(_GOLDEN))))
-
-
-def _words(start: Tensor) -> Tensor:
-    """int64 [n] in two words of 32 bits, int32 [n, 2]."""
-    words = torch.stack([start, _shift(start, 32)], -1) & (2**32 - 1)
+    start = _start(seed, stream)
+    words = torch.cat([start, _shift(start, 32)]) & (2**32 - 1)
     return ((words ^ 2**31) - 2**31).to(torch.int32)
 
 
