@@ -81,7 +81,8 @@ def test_the_mean_is_exact():
     for name, value in gradients(model, *batch).items():
         if value.square().mean() > 1e-16:  # (key biases have no gradient)
             rms = float(moments.z(name, value).square().mean().sqrt())
-            assert 0 < rms < 1.5, f"{name}: z rms {rms:.2f}"
+            # (Of vectors few numbers are independent: there are five sequences. 400 draws gave at most 1.23.)
+            assert 0 < rms < (1.5 if value.dim() > 1 else 2.2), f"{name}: z rms {rms:.2f}"
 
 
 @pytest.mark.works_with("Shapes", "a last, smaller batch, with `round_bits`", "as much is rounded behind it")
