@@ -44,7 +44,8 @@ def test_uniform():
     """Mean and variance of 2^18 numbers, within five standard errors; no two of neighbouring seeds alike."""
     n = 2**18
     x, y = (rng.drawn([n], torch.tensor(s)).double() for s in (7, 8))
-    assert x.min() >= 0 and x.max() < 1
+    assert x.min() >= 0
+    assert x.max() < 1
     assert abs(x.mean() - 1 / 2) < 5 * (1 / 12 / n) ** 0.5
     assert abs(x.var() - 1 / 12) < 5 * (1 / 180 / n) ** 0.5
     assert abs(((x - 1 / 2) * (y - 1 / 2)).mean()) < 5 / 12 / n**0.5
