@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.factors import FLOATS, is_cheap, is_rounded
+from wtacrs_fx.passes.factors import NARROW, is_cheap, is_rounded
 from wtacrs_fx.passes.kinds import Kind
 from wtacrs_fx.passes.sizes import hint, same_sizes
 
@@ -60,7 +60,7 @@ class Scaled:
     factors: int = 0
 
 
-def collapse(graph: Graph, kinds: dict[Node, Kind], types: Sequence[torch.dtype] = FLOATS[1:]) -> int:
+def collapse(graph: Graph, kinds: dict[Node, Kind], types: Sequence[torch.dtype] = NARROW) -> int:
     """Rewrite every gradient that is another one times several large activations, and that is read by something else than
     such a product. Returns how many; ``kinds`` is kept up to date. Tensors of other than these types are left alone."""
     scaled: dict[Node, Scaled] = {}

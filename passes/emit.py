@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from wtacrs_fx.passes.sizes import hint
+from wtacrs_fx.passes.sizes import hint, is_symbolic, is_unbacked
 from wtacrs_fx.private import FakeTensorMode, enable_python_dispatcher
 
 _COPIED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "fwd_source_fn_stack", "seq_nr", "custom")
@@ -63,6 +63,15 @@ def memory_order(value: torch.Tensor) -> list[int]:
         return order
     strides = [hint(s) for s in value.stride()]
     return sorted(order, key=lambda d: (-strides[d], d))
+
+
+def has_whole_rows(value: torch.Tensor, per_byte: int) -> bool:
+    """Whether rows, as they lie in memory, have a known size; and, where other sizes are symbolic, one that comes out even on
+    bytes of so many numbers. Not where a size depends on the values of tensors."""
+    if not value.dim() or any(map(is_unbacked, value.shape)):
+        return False
+    width = value.shape[memory_order(value)[-1]]
+    return isinstance(width, int) and (width % per_byte == 0 or not is_symbolic(value.shape))
 
 
 def fake_mode_of(node: Node) -> FakeTensorMode:

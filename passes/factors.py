@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from wtacrs_fx.config import Config
-from wtacrs_fx.passes.emit import memory_order
+from wtacrs_fx.passes.emit import has_whole_rows
 from wtacrs_fx.passes.kinds import Kind, draws, is_tensor
 from wtacrs_fx.passes.policy import is_view
 from wtacrs_fx.passes.sites import PRODUCTS
-from wtacrs_fx.passes.sizes import hint, is_symbolic, is_unbacked
+from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.rounding import BITS, Format, written_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -37,10 +37,11 @@ ATTENTION_BACKWARDS = (
 )
 """Fused: (gradient, q, k, v, ...). Not linear in these operands, and biased if they are rounded."""
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Types of tensors that can be rounded; the first only where that is asked for."""
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of tensors that are rounded."""
 
-MOST_PER_BYTE = 8 // min(BITS)
+FLOATS = (torch.float64, *NARROW)
+"""Those that can be rounded, where it is asked for."""
 
 SMALL = 16
 """What scales or shifts a tensor is small if it has this many times fewer elements: it is kept as it is."""
@@ -79,14 +80,14 @@ class Shared:
 
 def rounded_types(config: Config) -> tuple[torch.dtype, ...]:
     """Types of tensors that the options admit."""
-    return FLOATS if config.round_float64 else FLOATS[1:]
+    return FLOATS if config.round_float64 else NARROW
 
 
 def find_factors(
     nodes: Iterable[Node],
     kinds: Mapping[Node, Kind],
     *,
-    types: Sequence[torch.dtype] = FLOATS[1:],
+    types: Sequence[torch.dtype] = NARROW,
     fused_attention: bool = False,
 ) -> list[Factor]:
     """All factors, in graph order: operands of these types and static size. Left out is what is computed from random numbers
@@ -119,20 +120,13 @@ def find_factors(
 
 
 def is_rounded(node: Node, types: Sequence[torch.dtype] = FLOATS) -> bool:
-    """Whether the node is a tensor of such a type whose rows, as they lie in memory, have a known size (if others are symbolic,
-    one of whole bytes of codes). What is sized by the values of other tensors is left alone."""
-    if not is_tensor(node):
+    """Whether the node is a tensor of such a type whose rows can be written in the fewest bits."""
+    if not is_tensor(node) or node.meta["val"].dtype not in types:
         return False
-    value = node.meta["val"]
-    if value.dtype not in types or not value.dim() or any(map(is_unbacked, value.shape)):
-        return False
-    width = value.shape[memory_order(value)[-1]]
-    return isinstance(width, int) and (width % MOST_PER_BYTE == 0 or not is_symbolic(value.shape))
+    return has_whole_rows(node.meta["val"], 8 // min(BITS))
 
 
-def share(
-    factors: Iterable[Factor], kinds: Mapping[Node, Kind], types: Sequence[torch.dtype] = FLOATS[1:]
-) -> list[Shared]:
+def share(factors: Iterable[Factor], kinds: Mapping[Node, Kind], types: Sequence[torch.dtype] = NARROW) -> list[Shared]:
     """Factors that are linear functions of one tensor together: of all tensors that serve them, the one that takes fewest
     bytes in 8 bits with its scales, and of these the nearest."""
     families: dict[Node, list[tuple[Factor, list[Node]]]] = {}

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from wtacrs_fx.passes.emit import Emitter, memory_order
+from wtacrs_fx.passes.emit import Emitter, has_whole_rows, memory_order
 from wtacrs_fx.passes.kinds import is_drawn_mask, is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
-from wtacrs_fx.passes.sizes import hint, is_symbolic, is_unbacked
+from wtacrs_fx.passes.sizes import hint, is_symbolic
 from wtacrs_fx.rounding import pack, unpack
 
 prims = torch.ops.prims
@@ -79,16 +79,10 @@ def _is_dense_mask(node: Node, min_bytes: int) -> bool:
     if not is_tensor(node) or node.meta["val"].dtype is not torch.bool:
         return False
     value = node.meta["val"]
-    if any(map(is_unbacked, value.shape)) or (is_symbolic(value.shape) and not _has_whole_bytes(value)):
+    if is_symbolic(value.shape) and not has_whole_rows(value, 8):
         return False
     numel, stored = hint(value.numel()), hint(value.untyped_storage().nbytes())
     return numel == stored >= max(1, min_bytes)
-
-
-def _has_whole_bytes(value: Tensor) -> bool:
-    """Whether its rows, as they lie in memory, have a known size that comes out even on bytes."""
-    width = value.shape[memory_order(value)[-1]] if value.dim() else 0
-    return isinstance(width, int) and width % 8 == 0
 
 
 def hoist(mask: Node, position: Mapping[Node, int]) -> None:

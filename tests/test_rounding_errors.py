@@ -70,8 +70,8 @@ def test_every_rounded_tensor_has_one(inner):
     assert result.to_dict()["tensors"][0]["error"] == result.tensors[0].error
 
 
-def test_a_graph_that_runs_twice():
-    """Two layers that are compiled apart share a graph: its errors are over both runs."""
+def test_graph_by_graph():
+    """Over a graph break; the second graph's input is a hundred times larger."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:

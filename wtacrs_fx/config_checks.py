@@ -55,17 +55,20 @@ def as_ratios(value: Any) -> float | str | dict[str, float]:
 
 
 def as_bits(value: Any, choices: tuple[int, ...]) -> int | dict[str, int | None] | None:
+    """A dict without any bits becomes None."""
     expected = f"None or one of {', '.join(map(str, choices))} (bits)"
-    given = value if isinstance(value, Mapping) else {"": value}
-    if not given or not all(isinstance(p, str) for p in given):
+    if not isinstance(value, Mapping):
+        if value is not None:
+            check_number("round_bits", value, int, lambda b: b in choices, expected)
+        return value
+    if not value or not all(isinstance(p, str) for p in value):
         raise TypeError(
             f"round_bits={value!r}: expected {expected}, or a dict of them by pattern, e.g. {{'*.mlp.*': 4, '*': 8}}."
         )
-    for pattern, bits in given.items():
-        if bits is not None:
-            name = "round_bits" if given is not value else f"round_bits[{pattern!r}]"
-            check_number(name, bits, int, lambda b: b in choices, expected)
-    return (dict(value) if set(value.values()) != {None} else None) if given is value else value
+    asked = {pattern: bits for pattern, bits in value.items() if bits is not None}
+    for pattern, bits in asked.items():
+        check_number(f"round_bits[{pattern!r}]", bits, int, lambda b: b in choices, expected)
+    return dict(value) if asked else None
 
 
 def first_match(patterns: Mapping[str, T], name: str) -> T | None:

@@ -52,8 +52,9 @@ class Error:
         return self.difference / self.square if self.square else self.difference
 
     def add(self, found: Tensor, exact: Tensor) -> None:
-        self.difference += float((found.double() - exact.double()).square().sum())
-        self.square += float(exact.double().square().sum())
+        wide = exact.double()
+        self.difference += float((found.double() - wide).square().sum())
+        self.square += float(wide.square().sum())
 
 
 class _Measuring(Backend):
