@@ -16,7 +16,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Arm:
     """Whether transformers' gradient checkpointing is on, per block."""
     micro: int = 1
     """In how many micro-batches the batch is cut; their gradients are accumulated."""
+    autocast: torch.dtype | None = None
+    """What forwards compute in; None: in the type of the parameters."""
 
     @property
     def comparable(self) -> bool:
@@ -65,7 +67,7 @@ class Arm:
         backend = self._inductor if self.backend == "inductor" else self.backend
         call = twin if backend is None else torch.compile(twin, backend=backend, dynamic=False)
         parts = [dict(zip(batch, p)) for p in zip(*(v.chunk(self.micro) for v in batch.values()))]
-        return Trained(twin, call, parts)
+        return Trained(twin, call, parts, self.autocast)
 
     def _inductor(self, gm: GraphModule, inputs: Sequence[Any]) -> Any:
         """Inductor, as a backend of this arm's own: Dynamo would take the compiled code of another arm for a twin."""
@@ -80,15 +82,18 @@ class Trained:
     model: nn.Module
     call: Callable[..., Any]
     parts: Sequence[Batch]
+    autocast: torch.dtype | None = None
 
-    def loss(self) -> Tensor:
-        """Of the first micro-batch."""
-        return self.call(**self.parts[0]).loss / len(self.parts)
+    def loss(self, part: int = 0) -> Tensor:
+        """Of one micro-batch."""
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            return self.call(**self.parts[part]).loss / len(self.parts)
 
     def backward(self) -> None:
         """Forward and backward of all micro-batches."""
-        for part in self.parts:
-            (self.call(**part).loss / len(self.parts)).backward()
+        for part in range(len(self.parts)):
+            self.loss(part).backward()
 
     def step(self) -> None:
         """The same, and the gradients thrown away."""
@@ -150,6 +155,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_shape(parser, layers=6, batch_size=16)
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="compute in this type; float32 parameters")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.3, 0.1])
     parser.add_argument("--budgets", nargs="+", default=["none", "0.5", "0.3", "auto"], help="memory_budget")
     parser.add_argument("--micro", nargs="*", type=int, default=[], help="arms of wtacrs with micro-batches too")
@@ -164,8 +170,9 @@ def main() -> None:
         result = measure_family(family, args)
         folder = args.out / "frontier"
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{family}_{args.layers}_{args.batch_size}x{args.length}.json"
-        (folder / name).write_text(json.dumps(result, indent=1) + "\n")
+        kind = [args.autocast] * bool(args.autocast) + ["cuda"] * (args.device == "cuda")
+        name = "_".join([family, str(args.layers), f"{args.batch_size}x{args.length}", *kind])
+        (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(frontier_report.write(args.render or args.out))
 
 
@@ -183,7 +190,8 @@ def arms(args: argparse.Namespace) -> list[Arm]:
             for micro in (1, *args.micro):
                 name = f"wtacrs {ratio:g} budget {text}" + (f", {micro} micro-batches" if micro > 1 else "")
                 found.append(Arm(name, Backend(ratio=ratio, memory_budget=memory_budget(text)), micro=micro))
-    return [Arm("inductor"), *(a for a in found if re.search(args.only, a.name))]
+    chosen = [Arm("inductor"), *(a for a in found if re.search(args.only, a.name))]
+    return [replace(a, autocast=args.autocast and getattr(torch, args.autocast)) for a in chosen]
 
 
 def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -205,7 +213,8 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
                 trained = arm.build(model, batch)
                 results[arm.name] = trained.memory()
                 grads = trained.gradients()
-                if arm.micro == 1:  # (else the first micro-batch draws what the loss of all draws later)
+                # (The first micro-batch draws what the loss of all draws later; in 16 bits a loss has three digits.)
+                if arm.micro == 1 and not arm.autocast:
                     parameters = dict(trained.model.named_parameters())
                     results[arm.name]["slope_error"] = slope_error(trained.loss, grads, parameters)
                 if arm.comparable:
@@ -217,14 +226,18 @@ def measure_family(family: str, args: argparse.Namespace) -> dict[str, Any]:
             if isinstance(arm.backend, Backend):
                 results[arm.name]["predicted"] = vars(arm.backend.ledger.predicted)
             steps[arm.name] = trained.step
+            print({n: f"{v:.3g}" for n, v in results[arm.name].items() if isinstance(v, (int, float))}, flush=True)
         print(f"{family}: times", flush=True)
-        for name, times in measure.alternate(steps, args.repeats, warmup=1, device=args.device).items():
+        warmup = 3 if args.device == "cuda" else 1
+        for name, times in measure.alternate(steps, args.repeats, warmup, args.device).items():
             results[name] |= {"seconds": times.seconds, "median": times.median}
     return {
         "family": family,
         "layers": args.layers,
         "batch_size": args.batch_size,
         "length": args.length,
+        "device": args.device,
+        "autocast": args.autocast,
         "unit_bytes": args.batch_size * args.length * hidden * 4,
         "environment": measure.environment(),
         "arms": results,

@@ -58,7 +58,7 @@ def section(result: dict[str, Any]) -> str:
                     for key in ("held", "activation_peak", "peak")
                 ),
                 _memory(r["resident_bytes"], base["resident_bytes"], unit),
-                f"{r['median']:.2f}",
+                f"{r['median']:.3g}",
                 f"{r['median'] / base['median']:.2f}",
                 f"{predicted['peak'] / r['activation_peak_bytes']:.2f}" if predicted else "",
                 f"{r['matrix_error']:.1e}" if "matrix_error" in r else "",
@@ -71,7 +71,7 @@ def section(result: dict[str, Any]) -> str:
         "vector error", "slope error",
     )  # fmt: skip
     environment = ", ".join(f"{k} {v}" for k, v in result["environment"].items())
-    title = f"## {result['family']}, {result['layers']} layers, {result['batch_size']}x{result['length']} tokens"
+    title = f"## {_title(result)} tokens" + (", on a GPU" if result.get("device") == "cuda" else "")
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     return f"{title}\n\n{environment}.\n\n{table}\n\n" + "\n".join(f"- {v}" for v in verdicts(arms))
 
@@ -129,7 +129,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             style = "-" if name.startswith("wtacrs") else "--"
             axes.plot(*zip(*sorted(points)), style, marker="o" if style == "-" else "x", label=name)
         axes.set(
-            title=f"{result['family']}, {result['layers']} layers, {result['batch_size']}x{result['length']}",
+            title=_title(result) + (", GPU" if result.get("device") == "cuda" else ""),
             xlabel="peak of activations / Inductor",
             ylabel="step time / Inductor",
         )
@@ -137,6 +137,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for axes in panels[len(results) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=110)
+
+
+def _title(result: dict[str, Any]) -> str:
+    autocast = f", autocast to {result['autocast']}" if result.get("autocast") else ""
+    return f"{result['family']}, {result['layers']} layers{autocast}, {result['batch_size']}x{result['length']}"
 
 
 def _is_ours(name: str) -> bool:

@@ -73,17 +73,37 @@ class Roofline:
 
 
 def roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Torch's own figures for a CUDA device; for a CPU two cores' worth of vector units and memory.
+    """Of what multiprocessors can do in a cycle, and of the memory's clock, for a CUDA device; for a CPU two cores' worth of
+    vector units and memory.
 
     On a machine that does not have the device (a prediction made elsewhere) it is that of an H100.
     """
     if device.type != "cuda":
         return Roofline(flops=1.0e11, bandwidth=1.5e10, launch=3.0e-5)
     if not torch.cuda.is_available():
-        return Roofline(flops=6.0e14 if dtype.itemsize == 2 else 3.0e14, bandwidth=2.6e12, launch=1.0e-5)
-    from wtacrs_fx.private import get_device_tflops, get_gpu_dram_gbps
+        return Roofline(flops=6.0e14 if dtype.itemsize == 2 else 3.0e14, bandwidth=2.6e12, launch=4.0e-6)
+    from wtacrs_fx.private import get_gpu_dram_gbps
 
-    return Roofline(0.7e12 * get_device_tflops(dtype), 0.8e9 * get_gpu_dram_gbps(), launch=1.0e-5)
+    properties = torch.cuda.get_device_properties(device)
+    clock = 1e3 * getattr(properties, "clock_rate", 1.7e6)
+    flops = properties.multi_processor_count * clock * _flops_per_cycle(properties.major, properties.minor, dtype)
+    return Roofline(0.7 * flops, 0.8e9 * get_gpu_dram_gbps(), launch=4.0e-6)
+
+
+def _flops_per_cycle(major: int, minor: int, dtype: torch.dtype) -> int:
+    """Of one multiprocessor, dense, by compute capability (NVIDIA's architecture whitepapers).
+
+    Torch's own figure is a thousandth where it does not know the device's name: it hands MHz to a function that wants
+    kHz (torch 2.11 to 2.14).
+    """
+    of_servers = minor == 0 and major >= 8
+    if dtype.itemsize == 2:
+        return {7: 1024, 8: 2048 if of_servers else 1024, 9: 4096, 10: 8192}.get(major, 1024)
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and major >= 8:
+        return {8: 1024 if of_servers else 512, 9: 2048, 10: 4096}.get(major, 512)
+    if dtype == torch.float32:
+        return 128 if major == 7 or (major, minor) == (8, 0) else 256
+    return 128 if of_servers else 4
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,11 @@ def test_uuid_covers_source_options_and_names(monkeypatch):
 
     assert uuid() == uuid()
     assert len({uuid(), uuid(ratio=0.2), uuid(["a.weight"]), uuid(inductor={"max_autotune": True})}) == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        bfloat16 = uuid()
+    with torch.autocast("cpu", torch.float16):
+        float16 = uuid()
+    assert len({uuid(), bfloat16, float16}) == 3
     before = uuid()
     monkeypatch.setattr(backend, "source_hash", lambda: "changed")
     assert uuid() != before

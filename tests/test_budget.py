@@ -509,6 +509,19 @@ class TestCost:
         assert line.seconds(1, 1000) == 100
         assert Roofline(100.0, 10.0, launch=2.0).seconds(1000, 1, 3) == 10 + 3 * 2
 
+    @pytest.mark.parametrize(
+        ("capability", "processors", "clock", "half", "single"),
+        [
+            ((9, 0), 132, 1.83e9, 989e12, 67e12),
+            ((8, 0), 108, 1.41e9, 312e12, 19.5e12),
+            ((8, 6), 72, 1.695e9, 125e12, 31e12),
+        ],
+        ids=["H100", "A100", "A10"],
+    )
+    def test_peak_rates_are_those_of_the_data_sheets(self, capability, processors, clock, half, single):
+        for dtype, expected in ((torch.bfloat16, half), (torch.float32, single)):
+            assert processors * clock * cost._flops_per_cycle(*capability, dtype) == pytest.approx(expected, rel=0.1)
+
 
 def test_a_plan_whose_result_missed_the_goal_misses_the_next_one():
     """Even where the plan was far below the goal. (A tiny model's step takes twice its time in kernels' fixed costs.)"""

@@ -33,3 +33,18 @@ def test_codes_are_made_in_registers(bits):
     assert not wide, f"{bits} bits: {wide}"
     differ = (found[0] != rounded(x, key)[0]).float().mean()
     assert differ < 1e-3  # (where the last bit of gelu decides between two codes)
+
+
+def test_no_number_of_an_index_has_more_than_32_bits():
+    """Inductor folds the products of a position into one index, and Triton refuses factors that are no int32."""
+
+    def rounded(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        return quantise(x, key, Format(8))
+
+    x, key = torch.randn(64, 384), torch.tensor([1, 2], dtype=torch.int32)
+    torch._dynamo.reset()
+    _, (code,) = run_and_get_code(torch.compile(rounded), x, key)
+    kernels = re.findall(r"cpp_pybinding\(.*?'''\)", code, re.DOTALL)
+    assert any("2146121005" in k for k in kernels), "the generator's own factor is there"
+    factors = {int(n) for k in kernels for n in re.findall(r"(?<![\w.])\d+", k)}
+    assert max(factors) < 2**32, sorted(factors)[-5:]

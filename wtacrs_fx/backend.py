@@ -73,8 +73,10 @@ class Partitioner(CustomPartitionerFn):
             warnings.warn(message, WtacrsWarning, stacklevel=2)
 
     def uuid(self) -> str:
-        """Identity for Inductor's caches: source of the package, version of torch, every option, the names it matches."""
-        parts = (source_hash(), torch.__version__, self.config.fingerprint(), repr(self.names))
+        """Identity for Inductor's caches: source of the package, version of torch, every option, the names it matches, and
+        the types of autocast (torch 2.11 takes a graph that was compiled for one of them for another)."""
+        autocast = [(d, torch.is_autocast_enabled(d), str(torch.get_autocast_dtype(d))) for d in ("cpu", "cuda")]
+        parts = (source_hash(), torch.__version__, self.config.fingerprint(), repr(self.names), repr(autocast))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -4,6 +4,9 @@ Only ``draw_seed`` is random. It runs once per forward graph; what is chosen, in
 pure function of its result, so no plan of any partitioner can make the two disagree.
 """
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,12 @@ def _(device: torch.device, seed: int | None = None) -> Tensor:
     return torch.empty((1,), dtype=torch.int64, device=device)
 
 
+@functools.cache
+def has_triton(device: torch.device) -> bool:
+    """Whether :mod:`wtacrs_fx.select_kernel` can be used there."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 @torch.library.custom_op("wtacrs::select_rows", mutates_args=())
 def select_rows(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> tuple[Tensor, Tensor]:
     """Choose rows for an estimate of ``sum_i g_i h_i^T``; see :mod:`wtacrs_fx.estimators`.
@@ -43,6 +52,10 @@ def select_rows(importance: Tensor, seed: Tensor, stream: int, k: int, estimator
         (row index int64 [..., min(k, M)], scale float32 [..., min(k, M)]).
     """
 
+    if estimator == "systematic" and k < importance.shape[-1] and has_triton(importance.device):
+        from wtacrs_fx import select_kernel
+
+        return select_kernel.systematic(importance, seed, stream, k)
     batch = importance.shape[:-1]
     seeds = rng.split(seed, batch.numel()).reshape(*batch, 1) if batch else seed
 
@@ -64,6 +77,10 @@ def stream_key(seed: Tensor, stream: int) -> Tensor:
 
     Args as for ``select_rows``.
     """
+    if has_triton(seed.device):
+        from wtacrs_fx import select_kernel
+
+        return select_kernel.key(seed, 4 * stream)
     return rng.key(seed, 4 * stream)
 
 

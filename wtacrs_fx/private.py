@@ -75,7 +75,6 @@ USED = {
     # what Inductor will do with a graph
     "GraphLowering": Private("torch._inductor.graph", "whether it lays tensors out with channels last"),
     "WeakDep": Private("torch._inductor.dependencies", "order of kernels"),
-    "get_device_tflops": Private("torch._inductor.utils", "time model of a GPU"),
     "get_gpu_dram_gbps": Private("torch._inductor.utils", "time model of a GPU"),
     "sizevars": Private("torch._inductor", "results that code generation computes again and again"),
     "codegen_common": Private("torch._inductor.codegen", "the same", "common"),

@@ -50,7 +50,7 @@ def _of_rank() -> int:
     """63 bits that differ from rank to rank; 0 for rank 0 and where there is no process group."""
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if group else 0
-    return _mix_host(rank) >> 1 if rank else 0
+    return mix_host(rank) >> 1 if rank else 0
 
 
 def _next_seed(seed: int | None) -> int:
@@ -127,7 +127,7 @@ def drawn(shape: Sequence[int], seed: Tensor) -> Tensor:
 
 
 def _start(seed: Tensor, stream: int) -> Tensor:
-    return _mix(seed + _signed(_mix_host(stream)))
+    return _mix(seed + _signed(mix_host(stream)))
 
 
 def _signed(x: int) -> int:
@@ -146,7 +146,8 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ _shift(z, 31)
 
 
-def _mix_host(z: int) -> int:
+def mix_host(z: int) -> int:
+    """The start of a stream, 64 bits, made of its number."""
     z = (z + _GOLDEN) & (2**64 - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)

@@ -97,7 +97,7 @@ class Format:
 def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
     """Float32 numbers in [0, 1), on a grid of 2^-24, a pure function of (key, position).
 
-    A counter-based generator: the position times an odd constant, plus one word of the key, goes through the 32-bit
+    A counter-based generator: the position, xor one word of the key, times an odd constant, goes through the 32-bit
     finaliser "lowbias32" (C. Wellons, Prospecting for Hash Functions, 2018), with the other word of the key added halfway, so
     that two keys do not give shifted copies of one sequence.
 
@@ -108,7 +108,7 @@ def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
     rows, width = _matrix(shape, 1)
     row, column = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (rows, width))
     z = ((row * width)[:, None] + column).reshape(shape)
-    z = z * _signed(0x9E3779B1) + key[0]
+    z = (z ^ key[0]) * _signed(0x9E3779B1)  # (a bare product would be folded into an index, beyond Triton's 32 bits)
     z = (z ^ _shift(z, 16)) * _signed(0x7FEB352D) + key[1]
     z = (z ^ _shift(z, 15)) * _signed(0x846CA68B)
     z = z ^ _shift(z, 16)

@@ -49,11 +49,7 @@ def _path(gm: GraphModule, example_inputs: Sequence[Any], partition_fn: "Partiti
         else str(x)
         for x in example_inputs
     ]
-    ambient = (
-        torch.is_grad_enabled(),
-        [(d, torch.is_autocast_enabled(d), str(torch.get_autocast_dtype(d))) for d in ("cpu", "cuda")],
-        functorch_config.activation_memory_budget,
-    )
+    ambient = (torch.is_grad_enabled(), functorch_config.activation_memory_budget)
     key = repr((partition_fn.uuid(), _texts(gm), inputs, ambient))
     return Path(cache_dir()) / "wtacrs" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
