@@ -110,7 +110,7 @@ def test_left_alone(kind, options):
     assert recorder.ledger.saved_bytes == recorder.ledger.saved_bytes_exact
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_symbolic_sizes(inner):
     """Packed by row, in one graph for every batch: gradients are those without packing, bytes an eighth of the masks."""
     torch.manual_seed(0)

@@ -150,7 +150,7 @@ class TestRecompute:
 
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.3])
 @pytest.mark.parametrize("budget", [0.75, 0.55])
 def test_gradients_are_those_of_the_exact_run(budget, dropout, inner):
     """Every plan gives the gradient of keeping everything, for the same masks; and holds less."""

@@ -45,7 +45,9 @@ def test_formats_by_row(bits):
     assert sum(t.nbytes for t in written[1]) == written_bytes(x.shape, forms[1]) == written_bytes(x.shape, forms[0])
 
 
-@pytest.mark.parametrize(("inner", "bits"), [("eager", 4), pytest.param("inductor", 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("inner", "bits"), [("eager", 4), pytest.param("inductor", 8, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_one_graph_for_every_batch(inner, bits):
     """Forward to the bit, held bytes as predicted, errors as with fixed sizes, and odd sizes are no new graph."""
     torch.manual_seed(0)

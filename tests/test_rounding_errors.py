@@ -54,7 +54,7 @@ def test_errors_are_those_of_the_formats(bits):
     assert "rel. squared error" in result.table()
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_every_rounded_tensor_has_one(inner):
     """Also where Inductor's plan computes what is rounded in every reader; and the graphs of a check train as without."""
     torch.manual_seed(0)
