@@ -81,10 +81,14 @@ def _timelines(
 ) -> tuple[Timeline, Timeline]:
     """Of forward and backward."""
     forward, backward = (g.graph for g in partition)
+    returned = [v for v in graph_outputs(forward)[:num_fwd_outputs] if isinstance(v, Node)]
+    visible = _in_memory_of(returned, partition, num_fwd_outputs)
     donated = donated_tensors(partition, num_fwd_outputs)
     return (
         module_timeline(forward, weights, backward=False, facts=facts, options=options),
-        module_timeline(backward, weights, backward=True, facts=facts, options=options, donated=donated),
+        module_timeline(
+            backward, weights, backward=True, facts=facts, options=options, donated=donated, visible=visible
+        ),
     )
 
 
@@ -93,11 +97,18 @@ def donated_tensors(partition: Partition, num_fwd_outputs: int) -> set[str]:
     returns to its caller. AOTAutograd donates these, and Inductor may write over them."""
     if not getattr(functorch_config, "donated_buffer", False):
         return set()
+    graph = partition[0].graph
+    returned = [v for v in graph_outputs(graph)[:num_fwd_outputs] if isinstance(v, Node)]
+    taken = _in_memory_of([*graph.find_nodes(op="placeholder"), *returned], partition, num_fwd_outputs)
+    return {n.name for n in partition[1].graph.nodes if is_saved(n)} - taken
+
+
+def _in_memory_of(nodes: Iterable[Node], partition: Partition, num_fwd_outputs: int) -> set[str]:
+    """Names of the backward's inputs that share memory with nodes of the forward."""
     forward, backward = partition
-    visible = [v for v in graph_outputs(forward.graph)[:num_fwd_outputs] if isinstance(v, Node)]
-    taken = {storage(n) for n in (*forward.graph.find_nodes(op="placeholder"), *visible)}
+    taken = set(map(storage, nodes))
     pairs = zip(saved_tensors(forward, num_fwd_outputs), filter(is_saved, backward.graph.nodes))
-    return {placeholder.name for node, placeholder in pairs if storage(node) not in taken}
+    return {placeholder.name for node, placeholder in pairs if storage(node) in taken}
 
 
 def roofline_of(graph: Graph) -> Roofline:

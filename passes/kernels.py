@@ -70,10 +70,15 @@ class Layout:
 
 
 class Facts:
-    """What simulations ask of every node again and again, computed once. For one graph that is not changed meanwhile."""
+    """What simulations ask of every node again and again, computed once. For one graph that is not changed meanwhile.
 
-    def __init__(self) -> None:
-        self.base = functools.cache(view_base)
+    Args:
+        same: inputs that lie in the memory of others, and these.
+    """
+
+    def __init__(self, same: Mapping[Node, Node] | None = None) -> None:
+        self._same = same or {}
+        self.base = functools.cache(self._base)
         self.bytes = functools.cache(buffer_bytes)
         self.library = functools.cache(is_library_call)
         self.reduction = functools.cache(is_reduction)
@@ -82,6 +87,10 @@ class Facts:
         self.inputs = functools.cache(self._inputs)
         # A plan's forward and backward are simulated in turn, and every plan of a graph has the same forward.
         self.layout = functools.lru_cache(maxsize=2)(self._layout)
+
+    def _base(self, node: Node) -> Node:
+        base = view_base(node)
+        return self._same.get(base, base)
 
     def _inputs(self, node: Node) -> tuple[Node, ...]:
         """View bases of the node's inputs, each once."""

@@ -1,6 +1,6 @@
 """Predict when each buffer of a graph is alive once Inductor has compiled it, and how long the graph runs."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,8 +9,9 @@ from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts, Kernel, find_kernels, fuse
-from wtacrs_fx.passes.policy import view_base
+from wtacrs_fx.passes.kinds import is_tangent, is_tensor
 from wtacrs_fx.passes.reorder import reordered
+from wtacrs_fx.passes.saved import storage
 from wtacrs_fx.passes.sites import graph_outputs
 
 
@@ -24,6 +25,11 @@ class MemoryOptions(NamedTuple):
 
 
 DEFAULT, AT_ONCE = MemoryOptions(reuse=True, reorder=True), MemoryOptions(reuse=False, reorder=False)
+
+
+FREES_TANGENTS = hasattr(torch.autograd.Function, "boxed_grads_call")
+"""Whether autograd lets go of the gradients that a backward was called with while it runs, and of saved outputs of the forward
+(since torch 2.13; 2.11 keeps them to the end)."""
 
 
 @dataclass
@@ -58,6 +64,7 @@ def timeline(
     facts: Facts | None = None,
     options: MemoryOptions = DEFAULT,
     donated: Collection[Node] = (),
+    visible: Collection[Node] = (),
 ) -> Timeline:
     """Simulate a graph.
 
@@ -69,6 +76,7 @@ def timeline(
         facts: about the graph's nodes, from earlier simulations.
         options: whether dead buffers are freed at once, and kernels run in the given order.
         donated: those of ``given`` that nobody else has, so that a kernel may write over them.
+        visible: those of ``given`` that the forward returned to its caller.
     """
     facts = facts or Facts()
     kernels = find_kernels(nodes, given, returned, facts)
@@ -79,12 +87,13 @@ def timeline(
             last.update(dict.fromkeys(kernel.reads, i))
             last.setdefault(kernel.node, i)
     real = [[k for k in group if not k.internal] for group in groups]
+    lent = set(given) - set(donated)
+    lasting = () if FREES_TANGENTS else {n for n in lent if is_tangent(n) or n in visible}
     dies: list[list[Node]] = [[] for _ in groups]
     alive = set(given) | {k.node for group in real for k in group}
     for node, i in last.items():
-        if node in alive and node not in returned:
+        if node in alive and node not in returned and node not in lasting:
             dies[i].append(node)
-    lent = set(given) - set(donated)
     takes = [_taken_over(g, [n for n in d if n not in lent], facts) for g, d in zip(groups, dies)]
     early = {taken for t in takes for new, taken in t.items() if new in stays}
     live = sum(map(facts.bytes, given))
@@ -121,16 +130,32 @@ def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) 
         for node in kernel.reads:
             readers.setdefault(node, []).append(kernel)
     taken: dict[Node, Node] = {}
+    above: dict[Node, frozenset[Node]] = {}
     for kernel in group:
+        above[kernel.node] = kernel.reads.union(*(above.get(n, frozenset()) for n in kernel.reads))
         copied = kernel.node.target is torch.ops.aten.clone.default
         if kernel.library or kernel.internal or copied or not kernel.size or facts.reduction(kernel.node):
             continue
         for node in dying:
             ours = facts.bytes(node) == kernel.size and node not in taken.values()
-            if ours and readers.get(node) == [kernel] and _key(node, facts) == _key(kernel.node, facts):
+            if (
+                ours
+                and _reads_last(kernel, readers.get(node, ()), above)
+                and _key(node, facts) == _key(kernel.node, facts)
+            ):
                 taken[kernel.node] = node
                 break
     return taken
+
+
+def _reads_last(kernel: Kernel, readers: Sequence[Kernel], above: Mapping[Node, frozenset[Node]]) -> bool:
+    """Whether no other reader is left when the kernel writes. On a GPU those do not count whose results it needs (the largest
+    value and the sum of a softmax): a row is read once for all of them. In a loop on CPU they read it by another index."""
+    if kernel not in readers:
+        return False
+    others = [r for r in readers if r is not kernel]
+    on_gpu = kernel.node.meta["val"].device.type == "cuda"
+    return not others or (on_gpu and all(r.node in above[kernel.node] for r in others))
 
 
 def _held_for_reuse(
@@ -168,12 +193,19 @@ def module_timeline(
     facts: Facts,
     options: MemoryOptions,
     donated: Collection[str] = (),
+    visible: Collection[str] = (),
 ) -> Timeline:
-    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts. Those of
-    its inputs that are ``donated`` it may write over."""
+    """Timeline of a partitioned graph. The batch and the parameters count nothing; what a backward is given counts, several
+    views of one tensor (queries, keys and values of one product) once. Those of its inputs that are ``donated`` it may write
+    over; those that are ``visible`` the forward returned."""
     outputs = [v for v in graph_outputs(graph) if isinstance(v, Node)]
     nodes = [n for n in graph.nodes if n.op == "call_function"]
-    given = {n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights}
-    returned = {view_base(n) for n in outputs}
-    ours = {n for n in given if n.name in donated}
-    return timeline(nodes, given, returned, returned if backward else (), facts, options, ours)
+    inputs = [n for n in graph.find_nodes(op="placeholder") if backward and n.name not in weights]
+    first: dict[int, Node] = {}
+    same = {n: first.setdefault(storage(n), n) for n in inputs if is_tensor(n)}
+    given = {same.get(n, n) for n in inputs}
+    if len(given) < len(inputs):
+        facts = Facts(same)
+    returned = {facts.base(n) for n in outputs}
+    ours, theirs = ({n for n in given if n.name in names} for names in (donated, visible))
+    return timeline(nodes, given, returned, returned if backward else (), facts, options, ours, theirs)

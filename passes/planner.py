@@ -273,8 +273,9 @@ class Planner:
         if rounded:
             bases = {view_base(s.tensor): s.bytes for s in rounded}
             facts = facts.resized({n: size + facts.bytes(n) * (n in whole) for n, size in bases.items()})
-        donated = {n for n in given if n.op == "call_function"} - self.outputs
-        line = timeline(backward.nodes, given, self.gradients, self.gradients, facts, options, donated)
+        visible = given.intersection(self.outputs)
+        donated = {n for n in given if n.op == "call_function"} - visible
+        line = timeline(backward.nodes, given, self.gradients, self.gradients, facts, options, donated, visible)
         return line, given, set(backward.nodes).intersection(self.forward), facts
 
     def _costs(self, choices: Sequence[Choice], run: Run) -> list[Costs]:
