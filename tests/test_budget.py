@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wtacrs_fx
 from wtacrs_fx import measure
@@ -16,10 +17,11 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.inductor import ORDERED, SAMPLED, uncompiled
 from wtacrs_fx.ledger import Ledger, Prediction
-from wtacrs_fx.passes import cost
+from wtacrs_fx.passes import cost, liveness
 from wtacrs_fx.passes.budget import Goal, donated_tensors, take_region_budget
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
-from wtacrs_fx.passes.liveness import timeline
+from wtacrs_fx.passes.kernels import Facts
+from wtacrs_fx.passes.liveness import AT_ONCE, module_timeline, timeline
 from wtacrs_fx.passes.meet_budget import REPLANS
 from wtacrs_fx.passes.planner import TARGETS, Planner
 from wtacrs_fx.passes.segments import find_segments, forward_nodes, merge
@@ -424,6 +426,48 @@ class TestMemoryModel:
             node.meta["val"] = torch.empty(16, 16)
         line = timeline([a], given={x}, returned={a}, donated={x} if donated else ())
         assert line.live == [1024 if donated else 2048]
+
+    def test_views_of_one_saved_tensor_count_once(self):
+        """Queries, keys and values of one product, as fused attention saves them. All of it is alive as long as one of them."""
+        graph, whole = torch.fx.Graph(), torch.empty(16, 48)
+        views = [graph.placeholder(n) for n in "qkv"]
+        for node, part in zip(views, whole.chunk(3, -1)):
+            node.meta["val"] = part
+        products = [graph.call_function(torch.ops.aten.mm.default, (v, v)) for v in views]
+        for node in products:
+            node.meta["val"] = torch.empty(16, 16)
+        graph.output(tuple(products))
+        line = module_timeline(graph, (), backward=True, facts=Facts(), options=AT_ONCE)
+        assert line.live == [4 * 1024, 5 * 1024, 6 * 1024]
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_in_place_of_what_the_result_depends_on(self, device):
+        """exp(a - max(a)) is written over a in one Triton kernel, which reads a row once."""
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        a = graph.call_function(torch.ops.aten.mm.default, (x, x))
+        top = graph.call_function(torch.ops.aten.amax.default, (a, [-1], True))
+        b = graph.call_function(torch.ops.aten.sub.Tensor, (a, top))
+        graph.output((b,))
+        with FakeTensorMode():
+            for node in (x, a, top, b):
+                node.meta["val"] = torch.empty(16, 1 if node is top else 16, device=device)
+        line = timeline([a, top, b], given=(), returned={b}, options=AT_ONCE)
+        assert line.live[-1] == (1024 if device == "cuda" else 2048) + 64
+
+    @pytest.mark.parametrize("frees", [False, True])
+    def test_what_autograd_keeps_to_the_end(self, monkeypatch, frees):
+        """In torch 2.11 tangents, and saved tensors that the forward returned."""
+        monkeypatch.setattr(liveness, "FREES_TANGENTS", frees)
+        graph = torch.fx.Graph()
+        nodes = [graph.placeholder(n) for n in ("logits", "tangents_1", "saved")]
+        a = graph.call_function(torch.ops.aten.mm.default, (nodes[0], nodes[1]))
+        b = graph.call_function(torch.ops.aten.mm.default, (a, nodes[2]))
+        graph.output((b,))
+        for node in (*nodes, a, b):
+            node.meta["val"] = torch.empty(16, 16)
+        line = timeline([a, b], set(nodes), {b}, options=AT_ONCE, donated=nodes[2:], visible=nodes[:1])
+        assert line.live == [4 * 1024, (3 if frees else 5) * 1024]
 
     @pytest.mark.parametrize("returned", [False, True])
     def test_what_is_donated(self, returned):

@@ -373,7 +373,9 @@ def test_gradients_of_inputs():
 
 
 @pytest.mark.works_with(
-    "Training", "CUDA graphs, `mode='reduce-overhead'`", "every replay draws afresh (on an H100); nothing waits for the device"
+    "Training",
+    "CUDA graphs, `mode='reduce-overhead'`",
+    "every replay draws afresh (on an H100); nothing waits for the device",
 )
 @pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
 def test_nothing_waits_for_the_device(estimator):

@@ -33,7 +33,9 @@ def _(device: torch.device, seed: int | None = None) -> Tensor:
 @functools.cache
 def has_triton(device: torch.device) -> bool:
     """Whether :mod:`wtacrs_fx.select_kernel` can be used there."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)  # (what Triton compiles for)
 
 
 @torch.library.custom_op("wtacrs::select_rows", mutates_args=())
@@ -51,7 +53,6 @@ def select_rows(importance: Tensor, seed: Tensor, stream: int, k: int, estimator
     Returns:
         (row index int64 [..., min(k, M)], scale float32 [..., min(k, M)]).
     """
-
     if estimator == "systematic" and k < importance.shape[-1] and has_triton(importance.device):
         from wtacrs_fx import select_kernel
 
