@@ -20,16 +20,10 @@ from collections.abc import Collection
 import torch
 from torch.fx import Graph, Node
 
-from wtacrs_fx.passes import kernels
-from wtacrs_fx.passes.kernels import Facts, find_kernels
+from wtacrs_fx.passes.kernels import COSTLY, Facts, find_kernels
 from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
-
-aten = torch.ops.aten
-
-COSTLY = (*kernels.COSTLY, aten.tanh.default, aten.log.default)
-"""What Inductor does not compute again on CPU for every reader: those of the memory model, and two that it does not know."""
 
 LARGEST = 64
 """Operations that a reader has of its own at most; beyond that the value is left to be written."""
@@ -46,7 +40,7 @@ def spread_costly(graph: Graph) -> int:
     facts = Facts()
     returned = {view_base(v) for v in graph_outputs(graph) if isinstance(v, Node)}
     pinned = returned | {facts.base(a) for n in nodes if facts.library(n) for a in n.all_input_nodes}
-    made = {k.node for k in find_kernels(nodes, (), returned, facts)}
+    made = {k.node for k in find_kernels(nodes, (), returned, facts.nothing_costly())}
     written = {n for n in made if n in pinned or n.target not in COSTLY} | pinned
     codes = [n for n in returned if n.op == "call_function" and is_tensor(n) and n.meta["val"].dtype is torch.uint8]
     light = {n for n in _above(codes, written) if n.target in COSTLY and _is_no_smaller(n, written, facts)}

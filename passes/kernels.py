@@ -2,8 +2,9 @@
 
 Inductor computes pointwise operations inside the kernels that read them. A node gets memory of its own if it is computed by
 a library call (matrix product, fused attention, scatter), is a reduction, is returned, is read by a library call, or is
-reused and reads more than a few buffers itself (Inductor's thresholds). Everything else lives in registers, and keeps what
-it reads alive until its reader has run.
+reused and reads more than a few buffers itself (Inductor's thresholds) or takes long to compute (on CPU an exponential, a
+logarithm, a sigmoid or a hyperbolic tangent). Everything else lives in registers, and keeps what it reads alive until its
+reader has run.
 """
 
 import copy
@@ -11,7 +12,7 @@ import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -39,8 +40,12 @@ _POINTWISE = frozenset((
     *DRAWN, prims.inductor_lookup_seed.default,
 ))  # fmt: skip
 
-COSTLY = (aten.exp.default, aten.sigmoid.default)
-"""What Inductor does not compute again on CPU for every reader."""
+COSTLY = (
+    aten.exp.default, aten.log.default, aten.log10.default, aten.log1p.default, aten.log2.default, aten.sigmoid.default,
+    aten.tanh.default,
+)  # fmt: skip
+"""What Inductor does not compute again on CPU for every reader, nor anything that is computed from it in the same kernel.
+(Torch 2.13; 2.11 does so for exponentials and sigmoids alone.)"""
 
 
 class Kernel(NamedTuple):
@@ -66,7 +71,7 @@ class Layout:
     epoch: Mapping[Node, int]
     """How many library calls run before each of ``calls``."""
     written: Collection[Node]
-    """Values that are in memory because of who reads them: library calls, or gathers of costly values."""
+    """Values that are in memory because library calls read them."""
 
 
 class Facts:
@@ -109,12 +114,18 @@ class Facts:
                 written.update(inputs)
             for base in inputs:
                 users.setdefault(base, []).append(node)
-        return Layout(tuple(calls), users, epoch, written | _gathered(calls, users, self))
+        return Layout(tuple(calls), users, epoch, written)
 
     def resized(self, sizes: Mapping[Node, int]) -> "Facts":
         """The same, but for tensors that take other bytes than their type says (codes of few bits)."""
         other = copy.copy(self)
         other.bytes = lambda node: sizes[node] if node in sizes else self.bytes(node)  # type: ignore[assignment]
+        return other
+
+    def nothing_costly(self) -> "Facts":
+        """The same, as if Inductor computed everything again for every reader."""
+        other = copy.copy(self)
+        other.costly = lambda node: False  # type: ignore[assignment]
         return other
 
     def seconds(self, kernel: Kernel, roofline: Roofline) -> float:
@@ -149,7 +160,20 @@ def is_library_call(node: Node) -> bool:
 
 def is_costly(node: Node) -> bool:
     """Whether Inductor rather writes the value to memory than computes it in several kernels."""
-    return node.target in COSTLY and bool(node.meta["val"].device.type == "cpu")
+    return node.target in COSTLY and _written_if_reused(node.target, node.meta["val"].device.type)
+
+
+@functools.cache
+def _written_if_reused(target: Any, device: str) -> bool:
+    """Inductor's own answer for an operation of one argument. Which ones it counts as heavy changed between versions."""
+    from wtacrs_fx.private import inductor_ir as ir
+    from wtacrs_fx.private import inductor_ops as ops
+
+    def result(_: Any) -> Any:
+        return getattr(ops, target.overloadpacket.__name__)(ops.constant(1.0, torch.float32))
+
+    value = ir.Pointwise.create(device=torch.device(device), dtype=torch.float32, inner_fn=result, ranges=[1])
+    return bool(value.data.should_realize_on_reuse(2))
 
 
 def buffer_bytes(node: Node) -> int:
@@ -168,34 +192,46 @@ def find_kernels(
     """
     layout, many = facts.layout(tuple(nodes)), inductor_config.realize_reads_threshold
     inlined: dict[Node, frozenset[Node]] = {}
+    costly: set[Node] = set()  # of those: what a costly operation is part of
     kernels: list[Kernel] = []
     optional: set[Node] = set()
+    gathered: set[Node] = set()
     for node in layout.calls:
         if node.target is operator.getitem:
             kernels.append(Kernel(node, frozenset(), facts.bytes(node), library=True))
             continue
-        found: set[Node] = set()
-        for base in facts.inputs(node):
-            if base in inlined:
-                found |= inlined[base]
-            elif base in layout.epoch or base in given:
-                found.add(base)
-        reads = frozenset(found)
+        inputs = facts.inputs(node)
+        reads = frozenset().union(*(_read(base, inlined, layout, given) for base in inputs))
+        if node.target is aten.index.Tensor:
+            gathered |= _read(inputs[0], inlined, layout, given)
+        heavy = facts.costly(node) or not costly.isdisjoint(inputs)
         if facts.library(node):
             kernels.append(Kernel(node, reads, facts.bytes(node), library=True))
         elif facts.reduction(node) or node in returned or node in layout.written:
             kernels.append(Kernel(node, reads, facts.bytes(node), library=False))
-        elif _is_realized(node, len(layout.users.get(node, ())), len(reads), many, facts):
+        elif _is_realized(node, len(layout.users.get(node, ())), len(reads), many, heavy):
             kernels.append(Kernel(node, reads, facts.bytes(node), library=False))
             optional.add(node)
         else:
             inlined[node] = reads
+            if heavy:
+                costly.add(node)
     read_at: dict[Node, set[int]] = {}
     for kernel in kernels:
         for node in kernel.reads & optional:
             read_at.setdefault(node, set()).add(layout.epoch[kernel.node])
-    internal = {node for node, epochs in read_at.items() if epochs == {layout.epoch[node]}}
+    # (A kernel that gathers rows of a value cannot be the one that makes it.)
+    internal = {node for node, epochs in read_at.items() if epochs == {layout.epoch[node]} and node not in gathered}
     return [k._replace(internal=True) if k.node in internal else k for k in kernels]
+
+
+def _read(
+    base: Node, inlined: Mapping[Node, frozenset[Node]], layout: Layout, given: Collection[Node]
+) -> frozenset[Node]:
+    """The buffers that a reader of this value reads."""
+    if base in inlined:
+        return inlined[base]
+    return frozenset((base,)) if base in layout.epoch or base in given else frozenset()
 
 
 def fuse(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
@@ -221,25 +257,8 @@ def _in_lowering_order(calls: Sequence[Node]) -> list[Node]:
     return ordered
 
 
-def _gathered(nodes: Sequence[Node], users: Mapping[Node, Sequence[Node]], facts: Facts) -> set[Node]:
-    """Values that Inductor writes to memory on CPU because they are costly and have several readers, and that stay there
-    because one reader gathers rows of them: exp and sigmoid, and what is computed from them and gathered."""
-    result: set[Node] = set()
-    for node in nodes:
-        if facts.costly(node) and len(users.get(node, ())) > 1:
-            stack, seen = [node], {node}
-            while stack:
-                for reader in users.get(stack.pop(), ()):
-                    if reader.target is aten.index.Tensor:
-                        result.add(node)
-                    elif reader not in seen and not facts.library(reader) and not facts.reduction(reader):
-                        seen.add(reader)
-                        stack.append(reader)
-    return result
-
-
-def _is_realized(node: Node, readers: int, reads: int, many: int, facts: Facts) -> bool:
+def _is_realized(node: Node, readers: int, reads: int, many: int, costly: bool) -> bool:
     """Inductor's rule for values that it might as well compute again in every reader; ``many`` is its threshold."""
     if node.target in DRAWN:
         return True
-    return reads > 2 * many or (readers > 1 and (reads > many or facts.costly(node)))
+    return reads > 2 * many or (readers > 1 and (reads > many or costly))

@@ -4,12 +4,16 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import wtacrs_fx
 from wtacrs_fx import measure
@@ -20,13 +24,14 @@ from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes import cost, liveness
 from wtacrs_fx.passes.budget import Goal, donated_tensors, take_region_budget
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
-from wtacrs_fx.passes.kernels import Facts
+from wtacrs_fx.passes.kernels import Facts, find_kernels
 from wtacrs_fx.passes.liveness import AT_ONCE, module_timeline, timeline
 from wtacrs_fx.passes.meet_budget import REPLANS
 from wtacrs_fx.passes.planner import TARGETS, Planner
 from wtacrs_fx.passes.segments import find_segments, forward_nodes, merge
 from wtacrs_fx.passes.sites import graph_outputs
 from wtacrs_fx.passes.work import Work
+from wtacrs_fx.private import GraphLowering, select_decomp_table
 from wtacrs_fx.units import parse_bytes
 
 from helpers import SMALL, Moments, Recorder, Transformer, gradients, transformer_batch
@@ -386,6 +391,18 @@ class TestPlanner:
         assert len(lazy._pool) < len(full._pool)
 
 
+def reused(operation: Callable[[Tensor], Tensor], x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """A result of the operation with three readers."""
+    y = operation(x @ w)
+    return (y * 2 + 1) @ w, y.sum(0), (y - w) @ w
+
+
+def handed_on(operation: Callable[[Tensor], Tensor], x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """A result with one reader, whose own result has two."""
+    y = operation(x @ w) + 1
+    return (y * 2) @ w, y.sum(0)
+
+
 class TestMemoryModel:
     def test_by_hand(self):
         """Two products and a pointwise chain between them: the chain's end is a buffer, its middle is not."""
@@ -507,6 +524,55 @@ class TestMemoryModel:
         call(x).backward()
         peak = measure.peaks(lambda: call(x).backward(), model).total
         assert backend.ledger.predicted.allocated == pytest.approx(peak, rel=0.05)
+
+    @pytest.mark.parametrize("function", [reused, handed_on], ids=["reused", "handed on"])
+    @pytest.mark.parametrize("name", ["exp", "log", "log1p", "sigmoid", "tanh", "erf", "relu", "sin"])
+    def test_buffers_are_those_that_inductor_makes(self, name, function):
+        """What is costly, and has several readers, is written; and so is what is computed from it and has several readers."""
+        x, w = torch.randn(32, 32), torch.randn(32, 32)
+        module = make_fx(
+            functools.partial(function, getattr(torch, name)),
+            decomposition_table=select_decomp_table(),
+            tracing_mode="fake",
+        )(x, w)
+        inputs = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+        lowering = GraphLowering(module, example_inputs=inputs)
+        with V.set_graph_handler(lowering), V.set_fake_mode(inputs[0].fake_mode):
+            lowering.run(*inputs)
+        made = [buffer.get_origin_node().name for buffer in lowering.buffers]
+        nodes = [n for n in module.graph.nodes if n.op == "call_function"]
+        kernels = find_kernels(nodes, (), set(graph_outputs(module.graph)), Facts())
+        assert [k.node.name for k in kernels] == made
+        assert len(made) >= 4
+
+    @pytest.mark.parametrize("gathered", [False, True])
+    def test_what_rows_are_gathered_of_stays_in_memory(self, gathered):
+        """The kernel that reads rows here and there is not the one that computes them."""
+
+        def function(x, w, rows):
+            t = (x @ w).sigmoid()
+            other = (t[rows] if gathered else t * t).exp()
+            return (t + w) @ w, other
+
+        example = torch.randn(32, 32), torch.randn(32, 32), torch.arange(8)
+        graph = make_fx(function, tracing_mode="fake")(*example).graph
+        nodes = [n for n in graph.nodes if n.op == "call_function"]
+        kernels = find_kernels(nodes, (), set(graph_outputs(graph)), Facts())
+        (sigmoid,) = (k for k in kernels if k.node.target is torch.ops.aten.sigmoid.default)
+        assert sigmoid.internal is not gathered
+
+    @pytest.mark.slow
+    def test_hyperbolic_tangent_of_a_sampled_gelu(self):
+        """Choosing rows, gathering them and the gradient all read it: it is in memory beside its argument."""
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(64, 512), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(512, 64)]
+        model, x = torch.nn.Sequential(*layers), torch.randn(1024, 64)
+        backend = wtacrs_fx.Backend(**{**SMALL, "ratio": 0.1, "memory_budget": None})
+        call = torch.compile(model, backend=backend)
+        call(x).square().mean().backward()
+        peak = measure.peaks(lambda: call(x).square().mean().backward(), model).activations
+        assert backend.ledger.predicted.peak == pytest.approx(peak, rel=0.04)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("budget", [None, 0.65])

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from wtacrs_fx.passes.costly import COSTLY, spread_costly
-from wtacrs_fx.passes.kernels import is_reduction
+from wtacrs_fx.passes.costly import spread_costly
+from wtacrs_fx.passes.kernels import COSTLY, is_reduction
 from wtacrs_fx.private import select_decomp_table
 from wtacrs_fx.rounding import Format, quantise
 
