@@ -1,14 +1,22 @@
 """Kernels of planned graphs run where the graph has them."""
 
+import contextlib
+import re
 import runpy
+from collections.abc import Collection
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._inductor import custom_graph_pass
+from torch._inductor.debug import DebugContext
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import wtacrs_fx
 from wtacrs_fx import order
 from wtacrs_fx.order import GraphOrder
+from wtacrs_fx.private import GraphLowering, inductor_config
 
 from helpers import Transformer, gradients, transformer_batch
 
@@ -16,8 +24,9 @@ from helpers import Transformer, gradients, transformer_batch
 class _Node:
     """What the pass asks of Inductor's scheduler nodes."""
 
-    def __init__(self, name: str, extern: bool, scheduler: "_Scheduler") -> None:
+    def __init__(self, name: str, extern: bool, scheduler: "_Scheduler", reads: Collection[str] = ()) -> None:
         self.name, self.extern, self.scheduler = name, extern, scheduler
+        self.read_writes = SimpleNamespace(reads=[SimpleNamespace(name=r) for r in reads])
         self.after: list[str] = []
 
     def get_name(self) -> str:
@@ -58,6 +67,32 @@ def test_dependencies():
     }
     assert scheduler.ancestors == 1  # what Inductor's fusion looks at
     assert GraphOrder()([]) == []
+
+
+def test_what_a_node_reads_it_waits_for_anyway():
+    """A second dependency on the same buffer would keep the node from writing over it."""
+    scheduler = _Scheduler()
+    given = [("M1", ()), ("a", ("M1",)), ("b", ()), ("M2", ("a",))]
+    nodes = [_Node(n, n[0] == "M", scheduler, reads) for n, reads in given]
+    GraphOrder()(nodes)
+    assert [n.after for n in nodes] == [[], [], ["M1"], ["M1", "b"]]
+
+
+@pytest.mark.slow
+def test_kernels_write_over_the_library_call_in_front_of_them():
+    """In Inductor's code, for which nothing has to be compiled."""
+    example = torch.randn(32, 32), torch.randn(32, 32)
+    module = make_fx(lambda x, w: (torch.tanh(x @ w) @ w,), tracing_mode="fake")(*example)
+    inputs = [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
+    lowering = GraphLowering(module, example_inputs=inputs)
+    options = {"_pre_fusion_custom_pass": GraphOrder(), "allow_buffer_reuse": False}
+    handlers = V.set_graph_handler(lowering), V.set_fake_mode(inputs[0].fake_mode), V.set_debug_handler(DebugContext())
+    with contextlib.ExitStack() as stack:
+        for handler in (*handlers, inductor_config.patch(options)):
+            stack.enter_context(handler)
+        lowering.run(*inputs)
+        code = lowering.codegen()[0].value
+    assert len(re.findall(r"= empty_strided_cpu\(", code)) == 2, code
 
 
 def test_before_torch_has_a_class_for_it(monkeypatch):

@@ -20,11 +20,15 @@ class GraphOrder(SchedulerPass):
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         """Add dependencies to Inductor's scheduler nodes, which are in graph order. They stand for order alone
-        (``is_fake``) and keep no buffer alive."""
+        (``is_fake``) and keep no buffer alive. Where a node reads a result it waits for it anyway, and with a second
+        dependency Inductor would not let it write over what it reads."""
         call: list[str] = []
         kernels: list[str] = []
         for node in nodes:
+            read = {dependency.name for dependency in node.read_writes.reads}
             for name in [*call, *kernels] if node.is_extern() else call:
+                if name in read:
+                    continue
                 node.add_fake_dep(WeakDep(name, mutating_buf=node.get_name(), is_fake=True))
             result = list(node.get_buffer_names())[:1]
             if node.is_extern():
