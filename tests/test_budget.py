@@ -572,7 +572,7 @@ class TestMemoryModel:
         call = torch.compile(model, backend=backend)
         call(x).square().mean().backward()
         peak = measure.peaks(lambda: call(x).square().mean().backward(), model).activations
-        assert backend.ledger.predicted.peak == pytest.approx(peak, rel=0.04)
+        assert backend.ledger.predicted.peak == pytest.approx(peak, rel=0.05)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("budget", [None, 0.65])

@@ -104,7 +104,7 @@ def test_in_a_model():
     assert torch.equal(compiled(*batch), exact)
     assert all(g.isfinite().all() for g in gradients(model, *batch, call=compiled).values())
     costly = [n for n in recorder.forward[0].graph.nodes if n.target in COSTLY]
-    assert sum(n.target is aten.sigmoid.default for n in costly) >= 4
+    assert len(costly) >= 4
     assert all(len(n.users) == 1 for n in costly)
     for line in recorder.ledger.compressed:
         numel = line.shape[0] * line.shape[1]
