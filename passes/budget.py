@@ -81,8 +81,7 @@ def _timelines(
 ) -> tuple[Timeline, Timeline]:
     """Of forward and backward."""
     forward, backward = (g.graph for g in partition)
-    returned = [v for v in graph_outputs(forward)[:num_fwd_outputs] if isinstance(v, Node)]
-    visible = _in_memory_of(returned, partition, num_fwd_outputs)
+    visible = _in_memory_of(_returned(forward, num_fwd_outputs), partition, num_fwd_outputs)
     donated = donated_tensors(partition, num_fwd_outputs)
     return (
         module_timeline(forward, weights, backward=False, facts=facts, options=options),
@@ -97,10 +96,14 @@ def donated_tensors(partition: Partition, num_fwd_outputs: int) -> set[str]:
     returns to its caller. AOTAutograd donates these, and Inductor may write over them."""
     if not getattr(functorch_config, "donated_buffer", False):
         return set()
-    graph = partition[0].graph
-    returned = [v for v in graph_outputs(graph)[:num_fwd_outputs] if isinstance(v, Node)]
-    taken = _in_memory_of([*graph.find_nodes(op="placeholder"), *returned], partition, num_fwd_outputs)
-    return {n.name for n in partition[1].graph.nodes if is_saved(n)} - taken
+    forward, backward = (g.graph for g in partition)
+    others = [*forward.find_nodes(op="placeholder"), *_returned(forward, num_fwd_outputs)]
+    return {n.name for n in backward.nodes if is_saved(n)} - _in_memory_of(others, partition, num_fwd_outputs)
+
+
+def _returned(forward: Graph, num_fwd_outputs: int) -> list[Node]:
+    """What the forward gives its caller."""
+    return [v for v in graph_outputs(forward)[:num_fwd_outputs] if isinstance(v, Node)]
 
 
 def _in_memory_of(nodes: Iterable[Node], partition: Partition, num_fwd_outputs: int) -> set[str]:

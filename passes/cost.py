@@ -44,7 +44,8 @@ def _by_formula(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 def launches(node: Node) -> int:
     """How many kernels' worth of fixed cost a node has. Choosing rows is a dozen small operations (a sort, prefix sums,
-    searches), 0.3 ms for 2048 rows on two cores; finding directions is three times some eight."""
+    searches), 0.3 ms for 2048 rows on two cores; on a GPU two kernels, and the time to launch them. Finding directions is three
+    times some eight."""
     if node.target is torch.ops.wtacrs.principal_directions.default:
         return 24
     return 12 if node.target is torch.ops.wtacrs.select_rows.default else 1

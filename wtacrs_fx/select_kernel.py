@@ -36,13 +36,13 @@ def systematic(importance: Tensor, seed: Tensor, stream: int, k: int) -> Selecti
     scratch = torch.empty(2, draws, slots, dtype=torch.float64, device=device)
     rows = torch.empty(*batch, k, dtype=torch.int64, device=device)
     scale = torch.empty(*batch, k, dtype=torch.float32, device=device)
-    key, bits, block = mix_host(stream), slots.bit_length() - 1, min(slots, _BLOCK)
+    start, bits, block = mix_host(stream), slots.bit_length() - 1, min(slots, _BLOCK)
     with torch.cuda.device_of(scratch):
         _probabilities[(draws,)](
-            importance.contiguous(), seed, scratch, rows, scale, m, slots, k, key, bits, block,
+            importance.contiguous(), seed, scratch, rows, scale, m, slots, k, start, bits, block,
             num_warps=16 if block > 1024 else 4,
         )  # fmt: skip
-        _rows[(draws, triton.cdiv(slots, _PART))](seed, scratch, rows, scale, slots, k, key, bits, _PART)
+        _rows[(draws, triton.cdiv(slots, _PART))](seed, scratch, rows, scale, slots, k, start, bits, _PART)
     return rows, scale
 
 
