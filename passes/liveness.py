@@ -149,13 +149,14 @@ def _taken_over(group: Sequence[Kernel], dying: Collection[Node], facts: Facts) 
 
 
 def _reads_last(kernel: Kernel, readers: Sequence[Kernel], above: Mapping[Node, frozenset[Node]]) -> bool:
-    """Whether no other reader is left when the kernel writes. On a GPU those do not count whose results it needs (the largest
-    value and the sum of a softmax): a row is read once for all of them. In a loop on CPU they read it by another index."""
+    """Whether no other reader is left when the kernel writes. Those do not count whose results it needs (the largest value and
+    the sum of a softmax), nor on CPU earlier ones of another number of results, which have loops of their own."""
     if kernel not in readers:
         return False
-    others = [r for r in readers if r is not kernel]
-    on_gpu = kernel.node.meta["val"].device.type == "cuda"
-    return not others or (on_gpu and all(r.node in above[kernel.node] for r in others))
+    value = kernel.node.meta["val"]
+    earlier = readers[: readers.index(kernel)] if value.device.type == "cpu" else ()
+    done = {r.node for r in earlier if r.node.meta["val"].numel() != value.numel()} | above[kernel.node]
+    return all(r is kernel or r.node in done for r in readers)
 
 
 def _held_for_reuse(

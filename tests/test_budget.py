@@ -458,19 +458,49 @@ class TestMemoryModel:
         assert line.live == [4 * 1024, 5 * 1024, 6 * 1024]
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
-    def test_in_place_of_what_the_result_depends_on(self, device):
-        """exp(a - max(a)) is written over a in one Triton kernel, which reads a row once."""
+    @pytest.mark.parametrize("depends", [False, True])
+    def test_in_place_of_what_others_have_read(self, device, depends):
+        """a - max(a) is written over a; beside a maximum that it does not need, only where loops run one after the other."""
         graph = torch.fx.Graph()
         x = graph.placeholder("x")
         a = graph.call_function(torch.ops.aten.mm.default, (x, x))
         top = graph.call_function(torch.ops.aten.amax.default, (a, [-1], True))
-        b = graph.call_function(torch.ops.aten.sub.Tensor, (a, top))
-        graph.output((b,))
+        b = graph.call_function(torch.ops.aten.sub.Tensor, (a, top if depends else 1))
+        graph.output((top, b))
         with FakeTensorMode():
             for node in (x, a, top, b):
                 node.meta["val"] = torch.empty(16, 1 if node is top else 16, device=device)
-        line = timeline([a, top, b], given=(), returned={b}, options=AT_ONCE)
-        assert line.live[-1] == (1024 if device == "cuda" else 2048) + 64
+        line = timeline([a, top, b], given=(), returned={top, b}, options=AT_ONCE)
+        assert line.live[-1] == (1024 if depends or device == "cpu" else 2048) + 64
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("function", "tensors"),
+        [
+            (lambda a, w: a - a.amax(-1, True) + w, 1),
+            (lambda a, w: torch.softmax(a, -1), 2),  # (the exponential is read twice, and never in memory)
+            (lambda a, w: (a.sum(-2), a * w), 1),
+            (lambda a, w: (a * w, a.sum(-2)), 2),
+            (lambda a, w: (a * w, a + w), 3),
+            (lambda a, w: (a - a.amax(-1, True)).mT.contiguous(), 2),
+        ],
+        ids=["less maximum", "softmax", "sum first", "sum last", "two results", "other order"],
+    )
+    def test_written_over_as_inductor_does(self, function, tensors):
+        def call(q, w):
+            results = function(q @ q, w)
+            return results if isinstance(results, tuple) else (results,)
+
+        torch._dynamo.reset()
+        example = torch.randn(2, 4, 64, 64), torch.randn(64, 64)
+        graph = make_fx(call, decomposition_table=select_decomp_table(), tracing_mode="fake")(*example).graph
+        nodes = [n for n in graph.nodes if n.op == "call_function"]
+        line = timeline(nodes, given=(), returned=set(map(Facts().base, graph_outputs(graph))))
+        compiled = torch.compile(call)
+        compiled(*example)
+        peak = measure.peak_bytes(lambda: compiled(*example))
+        tensor = example[0].nbytes
+        assert (line.peak // tensor, peak // tensor) == (tensors, tensors)
 
     @pytest.mark.parametrize("frees", [False, True])
     def test_what_autograd_keeps_to_the_end(self, monkeypatch, frees):
