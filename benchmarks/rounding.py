@@ -78,7 +78,7 @@ def arms(args: argparse.Namespace) -> list[Arm]:
                 options = {**common, "round_bits": bits, "round_fused_attention": fused, "ratio": ratio}
                 found.append(Arm(name, Backend(**options)))
         if bits > 4:
-            few = {"round_bits": bits, "round_fused_attention": True, "ratio": 0.99, "row_bits": 4}
+            few = {"round_bits": bits, "round_fused_attention": True, "ratio": 1.0, "row_bits": 4}
             found.append(Arm(f"{bits} bits, attention, 4-bit rows", Backend(**common, **few)))
     found += [Arm(f"torch {dtype}", torch_float8(dtype)) for dtype in ("float8_e4m3fn", "float8_e5m2")]
     return [Arm("inductor"), *(a for a in found if re.search(args.only, a.name))]

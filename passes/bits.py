@@ -13,7 +13,7 @@ from wtacrs_fx.config import Config
 from wtacrs_fx.passes.factors import Factor, Shared, ancestry, is_cheap
 from wtacrs_fx.passes.kernels import buffer_bytes, is_library_call
 from wtacrs_fx.passes.kinds import Kind, draws
-from wtacrs_fx.passes.policy import Action, Decision, view_base
+from wtacrs_fx.passes.policy import ALL_ROWS, Action, Decision, view_base
 from wtacrs_fx.passes.round import Rounding
 from wtacrs_fx.passes.sites import module_of
 from wtacrs_fx.passes.sizes import hint, is_symbolic
@@ -99,12 +99,18 @@ def decide_roundings(
         plan: early sites keep rows, and their products read nothing else.
         saved: names of the tensors (view bases) that the partition without rounding saves.
         exact: nodes that stay exact (recomputed ones).
-        config: bits, patterns, smallest size. Where modules that read one tensor ask for different bits, it gets the most.
+        config: bits, patterns, smallest size. Where readers of one tensor ask for different bits, it gets the most.
     """
+    plan = list(plan)
     early = {d.site.node for d in plan if d.action is Action.EARLY}
+    whole = {d.site.node for d in plan if d.reason == ALL_ROWS and hint(d.site.activation.rows) >= config.min_rows}
+    rows = dict.fromkeys(whole, config.row_bits) if config.all_rows_in_bits else {}
     result = []
     for s in shared:
-        bits = {f: b for f in s.factors if f.reader not in early and (b := _bits(module_of(f.reader), config))}
+        asked = {
+            f: rows.get(f.reader) or _bits(module_of(f.reader), config) for f in s.factors if f.reader not in early
+        }
+        bits = {f: b for f, b in asked.items() if b}
         if not bits:
             continue
         form = replace(_form(s, max(bits.values())), by_row=is_symbolic(s.tensor.meta["val"].shape))

@@ -35,7 +35,7 @@ def meet_budget(work: "Work") -> "Work":
     # (what the second planner does not round, the first one has planned too)
     found = [finish(work, p, plan, goal) for i, (p, plan) in enumerate(able) if i == 0 or plan.rounded]
     lower = goal.peak == math.inf or goal.missed_by(found[0].predicted()) > 0
-    if lower and work.config.round_bits is not None and not found[0].roundings:
+    if lower and work.config.rounds and not found[0].roundings:
         found.append(copy.copy(found[0]))  # what its plan leaves to save can still be rounded
         found[-1].round_saved()
     if goal.peak == math.inf and not any(no_larger(w.predicted(), work.prediction) for w in found):

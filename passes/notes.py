@@ -30,8 +30,8 @@ def spared(work: Work) -> tuple[str, ...]:
     if not more and not whole:
         return ()
     return (
-        f"the memory budget has room for more than round_bits={work.config.round_bits}: {more} rounded tensors have more bits "
-        f"than that asks for, {whole} are kept as they are",
+        f"the memory budget has room for more bits than {work.config.bits_asked} asks for: {more} rounded tensors have more, "
+        f"{whole} are kept as they are",
     )
 
 

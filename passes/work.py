@@ -95,7 +95,7 @@ class Work:
             split_convolutions(joint.graph, config)
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
-        if config.round_bits is not None:
+        if config.rounds:
             collapse(joint.graph, kinds, rounded_types(config))
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
@@ -138,7 +138,7 @@ class Work:
                 vars(self).update(vars(meet_budget(self)))
             else:
                 self.settle_sites()
-        if self.config.round_bits is not None and not budget:
+        if self.config.rounds and not budget:
             self.round_saved()
         if self.best is self.exact:
             self.best = copy_joint(self.exact[0])[0], copy_joint(self.exact[1])[0]
@@ -218,7 +218,7 @@ class Work:
         saved = {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
         users = {n.name for n in self.users}
         planner = make_planner(self.uncut, saved, self.weights, users, self.device, self._options, self.relaid)
-        if self.config.round_bits is None:
+        if not self.config.rounds:
             return [planner]
         roundings = self._roundings(rows_or_bits(self.plan, self.config))
         nodes = {n.name: n for n in self.uncut.graph.nodes}

@@ -27,7 +27,6 @@ from wtacrs_fx import Backend, Config, partitioner
         ({"row_bits": 2}, ValueError, ["row_bits=2", "None or one of 8, 4"]),
         ({"row_bits": 8.0}, TypeError, ["row_bits=8.0"]),
         ({"row_bits": True}, TypeError, ["row_bits=True"]),
-        ({"row_bits": 8, "ratio": 1.0}, ValueError, ["row_bits=8 with ratio=1", "round_bits=8"]),
         ({"seed": 2**64}, ValueError, ["seed=", "64 bits"]),
         ({"seed": "a"}, TypeError, ["seed='a'"]),
         ({"include": 3}, TypeError, ["include=3", "pattern"]),

@@ -1,5 +1,6 @@
 """Kept rows in few bits: the mean of the gradient with every estimator, bytes as predicted, and where rows stay as they are."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import wtacrs_fx
-from wtacrs_fx import Backend, Config, Ledger, measure
+from wtacrs_fx import Backend, Config, Ledger, WtacrsWarning, measure
 from wtacrs_fx.passes.bits import rows_or_bits
 from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.policy import Action, Decision
@@ -79,6 +80,67 @@ def test_rounding_alone(bits):
     assert recorder.ledger.entries[0].kept == 64
     expected = (5.2 / (2**bits - 1)) ** 2 / (6 if bits == 8 else 12)
     assert 0.7 * expected < measure.relative_error(found, gradients(model, *batch)) < 1.4 * expected
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_all_rows(bits):
+    """With ratio=1 no row is left out: the tensor is rounded for both layers, without a draw of rows, and without bias."""
+    model, batch = layers()
+    exact = gradients(model, *batch)
+    found, recorder = run(model, batch, ratio=1.0, row_bits=bits)
+    (tensor,) = (c for c in recorder.ledger.compressed if c.bits > 1)
+    assert tensor.bits == bits
+    assert [e.reason for e in recorder.ledger.entries] == [f"input kept in {bits} bits"] * 2
+    assert not calls(recorder.forward[0], wtacrs.select_rows.default)
+    backward = recorder.backward[0].graph.find_nodes(op="placeholder")
+    assert not any(n.meta["val"].shape == (64, 256) and n.meta["val"].dtype is torch.float32 for n in backward)
+    width = 5.2 if bits == 8 else 4.7  # (of 128 and 64 normal numbers)
+    expected = (width / (2**bits - 1)) ** 2 / (6 if bits == 8 else 12)
+    assert 0.7 * expected < measure.relative_error(found, exact) < 1.4 * expected
+    torch._dynamo.reset()
+    call, moments = (
+        torch.compile(model, backend=Backend(**{**EARLY, "ratio": 1.0, "row_bits": bits, "seed": 1})),
+        Moments(),
+    )
+    for _ in range(200):
+        moments.add(gradients(model, *batch, call=call))
+    assert max(float(moments.z(name, x).abs().max()) for name, x in exact.items()) < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "modules", "warned"),
+    [
+        ({}, {"a", "b"}, False),
+        ({"exclude": ("a",)}, set(), True),
+        ({"exclude": ("*",)}, set(), True),
+        ({"min_rows": 65}, set(), True),
+        ({"ratio": {"a": 1.0, "b": 1.0}}, set(), False),
+    ],
+    ids=["all", "one excluded", "all excluded", "few rows", "exact by pattern"],
+)
+def test_whose_rows_are_all_kept_in_few_bits(options, modules, warned):
+    """Two layers that read one tensor: it is held in few bits only if both do without it."""
+    model, batch = layers()
+    with pytest.warns(WtacrsWarning, match="row_bits=4: nothing is rounded.*min_rows") if warned else nullcontext():
+        found, recorder = run(model, batch, **{"ratio": 1.0, "row_bits": 4, **options})
+    reading = {e.module for e in recorder.ledger.entries if e.reason.startswith("input kept in")}
+    assert reading == modules
+    if not reading:
+        exact = gradients(model, *batch)
+        assert all(torch.equal(found[n], x) for n, x in exact.items())
+
+
+def test_rows_in_other_bits_than_the_rest():
+    """``row_bits`` for what weight gradients alone need, ``round_bits`` for what is read otherwise."""
+
+    class Summed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sum()
+
+    model = Summed(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    _, recorder = run(model, (torch.randn(128, 64),), ratio=1.0, row_bits=4, round_bits=8)
+    bits = {c.tensor: c.bits for c in recorder.ledger.compressed if c.bits > 1}
+    assert sorted(bits.values()) == [4, 4, 8, 8], bits
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 1 / 4), (4, 1 / 8)])

@@ -250,17 +250,20 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
 def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
     """A graph in which nothing is rounded although that was asked for. (Under a budget, and where rows are kept, there may be
     no need to.)"""
-    if config.round_bits is None or ledger.rounded or config.memory_budget is not None or ledger.sampled:
+    if not config.rounds or ledger.rounded or config.memory_budget is not None or ledger.sampled:
         return []
     if any(isinstance(size, str) for t in ledger.tensors for size in t.shape):
         return [
-            f"wtacrs: round_bits={config.round_bits} has no effect in this graph, whose sizes are symbolic: only tensors are "
+            f"wtacrs: {config.bits_asked} has no effect in this graph, whose sizes are symbolic: only tensors are "
             "rounded whose rows have a known size, a multiple of four. Keep sizes the same (drop a last, smaller batch; pad to "
             "one length), or compile with dynamic=False, once for every size."
         ]
+    choices = (
+        "round_include, round_exclude, round_fused_attention" if config.round_bits else "include, exclude, min_rows"
+    )
     return [
-        f"wtacrs: round_bits={config.round_bits}: nothing is rounded in this graph. The options round_include, round_exclude, "
-        "round_fused_attention and min_bytes decide; float64 takes part with round_float64=True only."
+        f"wtacrs: {config.bits_asked}: nothing is rounded in this graph. The options {choices} and min_bytes decide; float64 "
+        "takes part with round_float64=True only."
     ]
 
 

@@ -84,7 +84,8 @@ class Config:
         None,
         "Bits, 8 or 4, in which kept rows are stored where they are chosen in the forward: rounded at random, without bias. "
         "`ratio` stays the share of rows, so the bytes of float32 rows hold 3.9 or 7.5 times as many in 8 or 4 bits, those of "
-        "16-bit rows half of that. Rows stay as they are where that takes no more bytes (very narrow ones), in float64, and "
+        "16-bit rows half of that. With ratio=1 all rows are kept in so many bits, and none is drawn (a dict's modules with 1 "
+        "keep theirs as they are). Rows stay as they are where that takes no more bytes (very narrow ones), in float64, and "
         "where their number is symbolic and one is no whole number of bytes. Attention's get twice the bits, at most 8. None: "
         "as they are.",
     )
@@ -197,7 +198,7 @@ class Config:
         check_number("min_rows", self.min_rows, int, lambda n: n >= 1, "an integer >= 1 (rows)")
         check_number("min_bytes", self.min_bytes, int, lambda n: n >= 0, "an integer >= 0 (bytes)")
         object.__setattr__(self, "round_bits", as_bits(self.round_bits, BITS))
-        check_row_bits(self.row_bits, self.ratio, ROW_BITS)
+        check_row_bits(self.row_bits, ROW_BITS)
         check_budget(self.memory_budget)
         check_seed(self.seed)
         check_number("directions", self.directions, int, lambda n: n >= 0, "an integer >= 0 (16 is a good number)")
@@ -236,6 +237,21 @@ class Config:
     def bits_of(self, module: str) -> int | None:
         """Bits in which is kept what a module's backward reads; None: as it is."""
         return first_match(self.round_bits, module) if isinstance(self.round_bits, Mapping) else self.round_bits
+
+    @property
+    def all_rows_in_bits(self) -> bool:
+        """Whether ``row_bits`` is for all rows: they are rounded and none is left out."""
+        return self.row_bits is not None and self.ratio == 1 and self.noise is None
+
+    @property
+    def bits_asked(self) -> str:
+        """The option that asks for rounding, as the user wrote it."""
+        return f"row_bits={self.row_bits}" if self.round_bits is None else f"round_bits={self.round_bits}"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether whole tensors are rounded."""
+        return self.round_bits is not None or self.all_rows_in_bits
 
     @property
     def samples(self) -> bool:

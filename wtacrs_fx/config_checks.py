@@ -198,14 +198,9 @@ def refuse_unknown(options: Mapping[str, Any], known: list[str]) -> None:
             )
 
 
-def check_row_bits(row_bits: Any, ratio: Any, choices: tuple[int, ...]) -> None:
+def check_row_bits(row_bits: Any, choices: tuple[int, ...]) -> None:
     if row_bits is not None:
         check_number("row_bits", row_bits, int, lambda b: b in choices, "None or one of 8, 4 (bits)")
-        if ratio == 1:
-            raise ValueError(
-                f"row_bits={row_bits} with ratio=1: no rows are sampled, so that none would be rounded. To keep all "
-                f"rows in {row_bits} bits use round_bits={row_bits}, or a ratio below 1."
-            )
 
 
 def check_padding(padding: Any) -> None:
