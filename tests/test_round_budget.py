@@ -133,7 +133,7 @@ def test_bits_are_the_fewest_and_more_where_the_budget_has_room():
     before, now = ([c.bits for c in found.compressed if c.bits > 1] for found in (without, ledger))
     assert set(before) == {2, 4}
     assert now.count(8) > len(now) / 2
-    assert any("round_bits=2: " in note for note in ledger.notes), ledger.notes
+    assert any("round_bits=2 asks" in note for note in ledger.notes), ledger.notes
     assert measure.relative_error(found, exact) < 0.25 * measure.relative_error(few, exact)
 
 
