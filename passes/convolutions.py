@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from wtacrs_fx.config import Config
 from wtacrs_fx.passes.emit import Emitter
-from wtacrs_fx.passes.policy import REARRANGED, excluded, too_small, view_base
+from wtacrs_fx.passes.policy import ALL_ROWS, REARRANGED, excluded, too_small, view_base
 from wtacrs_fx.passes.sites import module_of
 
 aten = torch.ops.aten
@@ -67,7 +67,10 @@ def _why_exact(node: Node, config: Config) -> str:
     """Of the product that it would become; a convolution that is not sampled is left to the library as it is."""
     grad, x = (n.meta["val"] for n in node.all_input_nodes[:2])
     rows = grad.numel() // grad.shape[1]
-    return excluded(module_of(node), config) or too_small(rows, x.numel() * x.dtype.itemsize, config)
+    reason = excluded(module_of(node), config)
+    if reason == ALL_ROWS and config.all_rows_in_bits:
+        reason = ""
+    return reason or too_small(rows, x.numel() * x.dtype.itemsize, config)
 
 
 def _split(graph: Graph, node: Node) -> None:

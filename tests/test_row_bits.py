@@ -130,6 +130,31 @@ def test_whose_rows_are_all_kept_in_few_bits(options, modules, warned):
         assert all(torch.equal(found[n], x) for n, x in exact.items())
 
 
+def test_bits_of_rows_are_those_asked_for():
+    """Also of what is normalised: the products of the normalisation's backward, which would want more, read it as it is."""
+    _, recorder = run(Transformer(), transformer_batch(), ratio=1.0, row_bits=4)
+    bits = {e.module: e.reason for e in recorder.ledger.entries if e.reason.startswith("input kept in")}
+    assert all(("8 bits" in reason) == module.endswith(".o") for module, reason in bits.items()), (
+        bits
+    )  # (o: attention's result)
+    assert len(bits) == 12
+
+
+def test_all_rows_of_a_convolution():
+    model = nn.Sequential(
+        nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Flatten(0), nn.Linear(8192, 1)
+    )
+    _, recorder = run(model, (torch.randn(8, 16, 8, 8),), ratio=1.0, row_bits=4)
+    assert [e.reason for e in recorder.ledger.entries if e.module == "2"] == ["input kept in 4 bits"]
+
+
+def test_a_budget_that_needs_no_bits():
+    """Says so: nothing is rounded although that was asked for."""
+    model, batch = layers()
+    with pytest.warns(WtacrsWarning, match="row_bits=4 with ratio=1: nothing is rounded.*memory_budget=1.0"):
+        run(model, batch, ratio=1.0, row_bits=4, memory_budget=1.0)
+
+
 def test_rows_in_other_bits_than_the_rest():
     """``row_bits`` for what weight gradients alone need, ``round_bits`` for what is read otherwise."""
 
@@ -304,6 +329,10 @@ def test_where_autograd_keeps_the_rows_it_is_refused():
         wtacrs_fx.rewrite(torch.fx.symbolic_trace(model), batch, row_bits=8, min_rows=1, min_bytes=0)
     with pytest.raises(ValueError, match="row_bits=8"):
         wtacrs_fx.swap_linears(model, row_bits=8)
+    with pytest.raises(ValueError, match=r"row_bits=8 with ratio=1 and swap_linears\(\)"):
+        wtacrs_fx.swap_linears(model, ratio=1.0, row_bits=8)
+    with pytest.raises(ValueError, match=r"row_bits=8 with ratio=1 and rewrite\(\)"):
+        wtacrs_fx.rewrite(torch.fx.symbolic_trace(model), batch, ratio=1.0, row_bits=8)
     assert type(model.a) is nn.Linear
 
 

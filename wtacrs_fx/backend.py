@@ -248,22 +248,31 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
 
 
 def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
-    """A graph in which nothing is rounded although that was asked for. (Under a budget, and where rows are kept, there may be
-    no need to.)"""
-    if not config.rounds or ledger.rounded or config.memory_budget is not None or ledger.sampled:
+    """A graph in which nothing is rounded although that was asked for. (Under a budget ``round_bits`` is for what serves it, and
+    where rows are kept there may be no need to.)"""
+    if not config.rounds or ledger.rounded or ledger.sampled:
         return []
+    if config.memory_budget is not None:
+        if not config.all_rows_in_bits:
+            return []
+        return [
+            f"wtacrs: row_bits={config.row_bits} with ratio=1: nothing is rounded in this graph, since memory_budget="
+            f"{config.memory_budget!r} is served without. memory_budget=None rounds all that can be; a ratio below 1 keeps few rows."
+        ]
     if any(isinstance(size, str) for t in ledger.tensors for size in t.shape):
         return [
             f"wtacrs: {config.bits_asked} has no effect in this graph, whose sizes are symbolic: only tensors are "
             "rounded whose rows have a known size, a multiple of four. Keep sizes the same (drop a last, smaller batch; pad to "
             "one length), or compile with dynamic=False, once for every size."
         ]
-    choices = (
-        "round_include, round_exclude, round_fused_attention" if config.round_bits else "include, exclude, min_rows"
-    )
+    if config.round_bits is None:
+        return [
+            f"wtacrs: row_bits={config.row_bits}: nothing is rounded in this graph. The options include, exclude, min_rows and "
+            "min_bytes decide, and whether the backward reads the layers' inputs for anything else (round_bits rounds them for that)."
+        ]
     return [
-        f"wtacrs: {config.bits_asked}: nothing is rounded in this graph. The options {choices} and min_bytes decide; float64 "
-        "takes part with round_float64=True only."
+        f"wtacrs: {config.bits_asked}: nothing is rounded in this graph. The options round_include, round_exclude, "
+        "round_fused_attention and min_bytes decide; float64 takes part with round_float64=True only."
     ]
 
 

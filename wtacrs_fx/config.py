@@ -84,10 +84,10 @@ class Config:
         None,
         "Bits, 8 or 4, in which kept rows are stored where they are chosen in the forward: rounded at random, without bias. "
         "`ratio` stays the share of rows, so the bytes of float32 rows hold 3.9 or 7.5 times as many in 8 or 4 bits, those of "
-        "16-bit rows half of that. With ratio=1 all rows are kept in so many bits, and none is drawn (a dict's modules with 1 "
-        "keep theirs as they are). Rows stay as they are where that takes no more bytes (very narrow ones), in float64, and "
-        "where their number is symbolic and one is no whole number of bytes. Attention's get twice the bits, at most 8. None: "
-        "as they are.",
+        "16-bit rows half of that. With ratio=1 no row is drawn, and inputs of layers are rounded to so many bits, as by "
+        "`round_bits` (under a memory_budget too) but where that is asked for more; a dict's modules with 1 keep theirs as they "
+        "are. Rows stay as they are where that takes no more bytes (very narrow ones), in float64, and where their number is "
+        "symbolic and one is no whole number of bytes. Attention's get twice the bits, at most 8. None: as they are.",
     )
     center_rows: bool = _option(
         False,
@@ -152,11 +152,11 @@ class Config:
         "gives bits per module that reads, as for `ratio`: {'*.mlp.*': 4, '*': 8}. None: tensors stay as they are.",
     )
     round_include: tuple[str, ...] = _option(
-        ("*",), "Rounded tensors are read only by modules whose name matches one of these patterns (fnmatch)."
+        ("*",), "`round_bits` is for modules only whose name matches one of these patterns (fnmatch)."
     )
     round_exclude: tuple[str, ...] = _option(
         OUTPUT_HEADS,
-        "Modules whose name matches one of these patterns read exact tensors. Default: output heads.",
+        "`round_bits` is not for modules whose name matches one of these patterns. Default: output heads.",
     )
     round_fused_attention: bool = _option(
         False,
@@ -245,8 +245,9 @@ class Config:
 
     @property
     def bits_asked(self) -> str:
-        """The option that asks for rounding, as the user wrote it."""
-        return f"row_bits={self.row_bits}" if self.round_bits is None else f"round_bits={self.round_bits}"
+        """The options that ask for rounding of whole tensors, as the user wrote them."""
+        names = ["round_bits"] * (self.round_bits is not None) + ["row_bits"] * self.all_rows_in_bits
+        return " and ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @property
     def rounds(self) -> bool:

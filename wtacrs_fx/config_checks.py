@@ -186,6 +186,18 @@ def refuse_state(config: Any, entry: str) -> None:
         )
 
 
+def refuse_all_rows(config: Any, entry: str) -> None:
+    """For ways in that round no whole tensors.
+
+    Raises: ValueError: ``row_bits`` with ratio=1.
+    """
+    if config.all_rows_in_bits:
+        raise ValueError(
+            f"row_bits={config.row_bits} with ratio=1 and {entry}: no rows are drawn, and it rounds no other tensors. Use "
+            "torch.compile(model, backend='wtacrs', options=...), or a ratio below 1."
+        )
+
+
 def refuse_unknown(options: Mapping[str, Any], known: list[str]) -> None:
     """Raises: TypeError: a key that is no option, with the nearest known name."""
     for key in options:

@@ -9,6 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 import wtacrs_fx.norm_ops
 import wtacrs_fx.ops  # noqa: F401  (register the custom ops)
 from wtacrs_fx.config import Config
+from wtacrs_fx.config_checks import refuse_all_rows
 from wtacrs_fx.passes.account import build_ledger
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.draws import Draws
@@ -59,6 +60,7 @@ def rewrite_joint(
     """
     config = Config.from_options(options)
     config.refuse_state("rewrite_joint()")
+    refuse_all_rows(config, "rewrite_joint()")
     check_traced(gm, "rewrite_joint")
     result, exact = share(gm), share(gm)
     for module in (result, exact):

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from wtacrs_fx.backend import complaints
 from wtacrs_fx.config import Config
+from wtacrs_fx.config_checks import refuse_all_rows
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.ledger import Entry, Ledger
 from wtacrs_fx.passes.einsum import split_einsums
@@ -60,6 +61,7 @@ def rewrite(gm: GraphModule, example_inputs: Any = None, **options: Any) -> Grap
     """
     config = Config.from_options(options)
     config.refuse_state("rewrite()")
+    refuse_all_rows(config, "rewrite()")
     check_traced(gm, "rewrite")
     result = share(gm)
     inputs = flatten_inputs(result, example_inputs)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.config_checks import refuse_all_rows
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.functional import RowSampler, refuse_tracing
 from wtacrs_fx.passes.policy import excluded
@@ -35,6 +36,7 @@ def swap_linears(model: nn.Module, **options: Any) -> list[str]:
     """
     config = Config.from_options(options)
     config.refuse_state("swap_linears()")
+    refuse_all_rows(config, "swap_linears()")
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap_linears() takes a torch.nn.Module, not {type(model).__name__}.")
     modules = dict(model.named_modules())
