@@ -137,7 +137,7 @@ def test_bits_of_rows_are_those_asked_for():
     assert all(("8 bits" in reason) == module.endswith(".o") for module, reason in bits.items()), (
         bits
     )  # (o: attention's result)
-    assert len(bits) == 12
+    assert len(bits) == 13
 
 
 def test_all_rows_of_a_convolution():

@@ -248,8 +248,8 @@ def complaints(ledger: Ledger, config: Config) -> list[str]:
 
 
 def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
-    """A graph in which nothing is rounded although that was asked for. (Under a budget ``round_bits`` is for what serves it, and
-    where rows are kept there may be no need to.)"""
+    """A graph in which nothing is rounded although that was asked for. (Under a budget ``round_bits`` is for what serves it,
+    and where rows are kept there may be no need to.)"""
     if not config.rounds or ledger.rounded or ledger.sampled:
         return []
     if config.memory_budget is not None:
@@ -257,7 +257,8 @@ def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
             return []
         return [
             f"wtacrs: row_bits={config.row_bits} with ratio=1: nothing is rounded in this graph, since memory_budget="
-            f"{config.memory_budget!r} is served without. memory_budget=None rounds all that can be; a ratio below 1 keeps few rows."
+            f"{config.memory_budget!r} is served without. memory_budget=None rounds all that can be; a ratio below 1 keeps few "
+            "rows."
         ]
     if any(isinstance(size, str) for t in ledger.tensors for size in t.shape):
         return [
@@ -268,7 +269,8 @@ def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
     if config.round_bits is None:
         return [
             f"wtacrs: row_bits={config.row_bits}: nothing is rounded in this graph. The options include, exclude, min_rows and "
-            "min_bytes decide, and whether the backward reads the layers' inputs for anything else (round_bits rounds them for that)."
+            "min_bytes decide, and whether the backward reads the layers' inputs for anything else (round_bits rounds them for "
+            "that)."
         ]
     return [
         f"wtacrs: {config.bits_asked}: nothing is rounded in this graph. The options round_include, round_exclude, "

@@ -85,8 +85,8 @@ class Config:
         "Bits, 8 or 4, in which kept rows are stored where they are chosen in the forward: rounded at random, without bias. "
         "`ratio` stays the share of rows, so the bytes of float32 rows hold 3.9 or 7.5 times as many in 8 or 4 bits, those of "
         "16-bit rows half of that. With ratio=1 no row is drawn, and inputs of layers are rounded to so many bits, as by "
-        "`round_bits` (under a memory_budget too) but where that is asked for more; a dict's modules with 1 keep theirs as they "
-        "are. Rows stay as they are where that takes no more bytes (very narrow ones), in float64, and where their number is "
+        "`round_bits` (under a memory_budget too), where that does not ask for more; a dict's modules with 1 keep theirs. Rows "
+        "stay as they are where that takes no more bytes (very narrow ones), in float64, and where their number is "
         "symbolic and one is no whole number of bytes. Attention's get twice the bits, at most 8. None: as they are.",
     )
     center_rows: bool = _option(
