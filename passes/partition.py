@@ -88,7 +88,8 @@ def explore(
     static_lifetime_input_indices: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Prediction, list[tuple[str, Plan, bool]]]:
-    """Plans of least predicted time for a range of peaks: (prediction of the exact partition, [(arm, plan, chosen)])."""
+    """Plans of least predicted time for a range of peaks: (prediction of the exact partition, [(arm, plan, chosen)]).
+    Without a budget all that can be rounded is, which is none of them: none is chosen then."""
     config = take_region_budget(joint.graph, config)
     planned = config.memory_budget is not None
     config = config if planned else replace(config, memory_budget=1.0)  # torch's own budget is off, nothing more
@@ -103,7 +104,7 @@ def explore(
         step = (keep.peak - least.peak) / max(1, points - 1)
         plans = [keep, *(planner.fastest(int(keep.peak - i * step)) for i in range(1, points - 1)), least]
         asked = (Goal.of(config, work.prediction).plan(planner) or least) if planned else keep
-        chosen = asked if work is sampled else None
+        chosen = asked if work is sampled and (planned or not config.rounds) else None
         distinct = {p.peak: p for p in (*plans, chosen) if p is not None}
         result += [(arm, distinct[p], distinct[p] is chosen) for p in sorted(distinct, reverse=True)]
     return sampled.prediction, result

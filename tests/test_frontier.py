@@ -38,6 +38,14 @@ def test_without_a_budget_nothing_is_recomputed():
     assert chosen.peak < found.exact.peak
 
 
+def test_without_a_budget_all_is_rounded():
+    """Which is none of the plans."""
+    model, batch = model_and_batch()
+    found = wtacrs_fx.frontier(model, batch, points=2, ratio=0.1, **SMALL, round_bits=8)
+    assert not any(p.chosen for p in found.points)
+    assert wtacrs_fx.report(model, batch, ratio=0.1, **SMALL, round_bits=8).rounded
+
+
 def test_bad_input():
     model, batch = model_and_batch()
     with pytest.raises(ValueError, match="points=0"):
