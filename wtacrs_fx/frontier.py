@@ -31,8 +31,8 @@ class Point:
     held: int
     """Bytes held between forward and backward."""
     chosen: bool = False
-    """Whether ``memory_budget`` of the options leads to this plan. (No plan is, where there is no budget and all is rounded that
-    can be.)"""
+    """Whether ``memory_budget`` of the options leads to this plan. (No plan is, where there is no budget and all is rounded
+    that can be.)"""
 
 
 @dataclass(frozen=True)
