@@ -113,10 +113,9 @@ def decide_roundings(
         bits = {f: b for f, b in asked.items() if b}
         if not bits:
             continue
-        form = replace(
-            _form(replace(s, factors=tuple(bits)), max(bits.values())), by_row=is_symbolic(s.tensor.meta["val"].shape)
-        )
-        rounding = Rounding(s.tensor, tuple(bits), form)
+        read = replace(s, factors=tuple(bits))  # (the other factors stay as they are)
+        form = replace(_form(read, max(bits.values())), by_row=is_symbolic(s.tensor.meta["val"].shape))
+        rounding = Rounding(s.tensor, read.factors, form)
         value, before = s.tensor.meta["val"], buffer_bytes(s.tensor)
         if s.tensor in exact or before < config.min_bytes or rounding.bytes > before:
             continue
