@@ -94,7 +94,7 @@ class Format:
         return width // self.group if width and width % self.group == 0 else 1
 
 
-def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
+def uniform(key: Tensor, shape: Sequence[int], start: int = 0) -> Tensor:
     """Float32 numbers in [0, 1), on a grid of 2^-24, a pure function of (key, position).
 
     A counter-based generator: the position, xor one word of the key, times an odd constant, goes through the 32-bit
@@ -104,10 +104,11 @@ def uniform(key: Tensor, shape: Sequence[int]) -> Tensor:
     Args:
         key: int32 [2], from ``torch.ops.wtacrs.stream_key``.
         shape: of the result; beyond 2^32 numbers they repeat.
+        start: position of the first.
     """
     rows, width = _matrix(shape, 1)
     row, column = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (rows, width))
-    z = ((row * width)[:, None] + column).reshape(shape)
+    z = ((row * width)[:, None] + (column + start)).reshape(shape)
     z = (z ^ key[0]) * _signed(0x9E3779B1)  # (a bare product would be folded into an index, beyond Triton's 32 bits)
     z = (z ^ _shift(z, 16)) * _signed(0x7FEB352D) + key[1]
     z = (z ^ _shift(z, 15)) * _signed(0x846CA68B)
@@ -137,32 +138,42 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
     if form.low is not None and form.high is not None:
         codes = _codes((value - form.low) * (form.levels / (form.high - form.low)), key, form)
         return (codes, key) if form.dithered else (codes,)
-    groups = form.groups(x.shape[-1])
-    if not x.numel():  # (an empty group has no extremes)
-        low = value.new_zeros(*x.shape[:-1], groups)
-        return _written(_codes(value, key, form), low, low, key, form)
-    grouped = value.reshape(*x.shape[:-1], groups, -1)
-    low = grouped.amin(-1)
+    low, high = _extremes(value, form.groups(x.shape[-1]))
     low = _upper_half(low, upwards=False) if form.scale_bits == 16 else low
-    step = ((grouped.amax(-1) - low) * (1 / form.levels)).clamp_min(_TINY)
+    step = ((high - low) * (1 / form.levels)).clamp_min(_TINY)
     step = _upper_half(step, upwards=True) if form.scale_bits == 16 else step
-    scaled = (value - _spread(low, x.shape)) * _spread(step.reciprocal(), x.shape)
-    codes = _codes(scaled, key, form)
     if form.dithered:
         step = torch.where((low >= 0) & (low < step), step, -step)
-    return _written(codes, low, step, key, form)
-
-
-def _written(codes: Tensor, low: Tensor, step: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
     scales = _write_scales(low, step, form)
+    low, step = (_spread(scale, x.shape) for scale in _read_scales(scales, form))
+    codes = _codes((value - low) * step.abs().reciprocal(), key, form)
     return (codes, *scales, key) if form.dithered else (codes, *scales)
 
 
+def _extremes(value: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Of every group; zeros of an empty one."""
+    if not value.numel():
+        return value.new_zeros(*value.shape[:-1], groups), value.new_zeros(*value.shape[:-1], groups)
+    grouped = value.reshape(*value.shape[:-1], groups, -1)
+    return grouped.amin(-1), grouped.amax(-1)
+
+
 def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
+    per_byte = 8 // form.bits
+    rows, width = (1, 1) if form.by_row else _matrix(scaled.shape, per_byte)
+    if per_byte == 1 or width == 1:
+        return pack(_rounded(scaled, uniform(key, scaled.shape), form), form.bits, by_row=form.by_row)
+    # (Part by part, so that one loop makes a byte. Of all at once Inductor would write float32 to memory first.)
+    parts = scaled.reshape(per_byte, rows // per_byte, width)
+    shape = (rows // per_byte, width)
+    codes = [_rounded(parts[i], uniform(key, shape, i * math.prod(shape)), form) for i in range(per_byte)]
+    return _digits([c.to(torch.float32) for c in codes], form.bits)
+
+
+def _rounded(scaled: Tensor, added: Tensor, form: Format) -> Tensor:
     # (By way of bytes: a NaN becomes a number there, and spoils no code that shares its byte. And with no value read twice:
     # Inductor would write it to memory.)
-    codes = (scaled + uniform(key, scaled.shape)).floor().clamp(0, form.levels).to(torch.uint8)
-    return pack(codes, form.bits, by_row=form.by_row)
+    return (scaled + added).floor().clamp(0, form.levels).to(torch.uint8)
 
 
 def _upper_half(x: Tensor, *, upwards: bool) -> Tensor:
@@ -246,9 +257,14 @@ def _in_bytes(parts: Tensor, bits: int) -> Tensor:
         place = 1 << (bits * torch.arange(per_byte, dtype=torch.int32, device=parts.device))
         place = place.reshape(-1, *[1] * (parts.dim() - 1)).to(parts.dtype)
         return (parts * place).sum(0, dtype=parts.dtype).to(torch.uint8)
-    packed = parts[per_byte - 1]
-    for i in range(per_byte - 2, -1, -1):
-        packed = packed * 2**bits + parts[i]
+    return _digits([parts[i] for i in range(per_byte)], bits)
+
+
+def _digits(codes: Sequence[Tensor], bits: int) -> Tensor:
+    """One byte of several codes, the first in its lowest bits."""
+    packed = codes[-1]
+    for code in reversed(codes[:-1]):
+        packed = packed * 2**bits + code
     return packed.to(torch.uint8)
 
 
