@@ -161,9 +161,10 @@ def _extremes(value: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
     per_byte = 8 // form.bits
     rows, width = (1, 1) if form.by_row else _matrix(scaled.shape, per_byte)
-    if per_byte == 1 or width == 1:
+    if per_byte != 2 or width == 1:
         return pack(_rounded(scaled, uniform(key, scaled.shape), form), form.bits, by_row=form.by_row)
-    # (Part by part, so that one loop makes a byte. Of all at once Inductor would write float32 to memory first.)
+    # (Part by part, so that one loop makes a byte: of all at once Inductor writes float32 to memory first. Not so of four
+    # parts, where in a Llama more is in memory at the peak than of all at once.)
     parts = scaled.reshape(per_byte, rows // per_byte, width)
     shape = (rows // per_byte, width)
     codes = [_rounded(parts[i], uniform(key, shape, i * math.prod(shape)), form) for i in range(per_byte)]
