@@ -17,7 +17,6 @@ it writes the mask once, in bytes that are numbers: its code for writing vectors
 """
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,14 +55,13 @@ def pack_masks(forward: GraphModule, backward: GraphModule, num_fwd_outputs: int
     returned = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
     bases = [view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)]
     placeholders = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
-    position = {n: i for i, n in enumerate(forward.graph.nodes)}
     done = []
     for i, mask in enumerate(outputs):
         if i < num_fwd_outputs or not isinstance(mask, Node) or not _is_dense_mask(mask, min_bytes):
             continue
         base = view_base(mask)
         if base.op != "placeholder" and base not in returned and bases.count(base) == 1 and mask.name in placeholders:
-            hoist(mask, position)
+            hoist(mask)
             outputs[i] = _pack(forward.graph, mask)
             given = placeholders[mask.name]
             done.append(Packed(mask, outputs[i], tuple(given.users)))
@@ -85,15 +83,15 @@ def _is_dense_mask(node: Node, min_bytes: int) -> bool:
     return numel == stored >= max(1, min_bytes)
 
 
-def hoist(mask: Node, position: Mapping[Node, int]) -> None:
+def hoist(mask: Node) -> None:
     """Compute a mask as soon as what it is computed from is there. One that only the backward reads is traced with the
     backward, and the partitioner puts it at the end of the forward: all that it is computed from would be in memory until
     then (of ReLU behind a LoRA layer two tensors four times as large)."""
-    last = max((n for n in mask.all_input_nodes if n.op == "call_function"), key=position.__getitem__, default=None)
+    last = max((n for n in mask.all_input_nodes if n.op == "call_function"), default=None)
     if last is not None:
         while last.next.target is operator.getitem:
             last = last.next
-        if position[last] < position[mask]:
+        if last < mask:
             last.append(mask)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import wtacrs_fx
-from wtacrs_fx import Backend, Config, ReportError, calibrate
+from wtacrs_fx import Backend, Config, ReportError, SampleNorms, calibrate, sample_ids
 from wtacrs_fx.estimators import ESTIMATORS, sanitize, winner_count
 from wtacrs_fx.meter import GRID
 from wtacrs_fx.noise import allocate, batch_variance, sequence_squares, smallest_within, variance
@@ -143,6 +143,39 @@ def test_noise_of_every_layer_is_within_the_budget_and_as_measured() -> None:
         assert measured / size == pytest.approx(layer.noise, rel=0.25, abs=1e-6)
 
 
+class Adapted(nn.Module):
+    """A LoRA before its first step: the second factor is zero, and so is the first one's gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(self.base(x) + self.b(self.a(torch.tanh(x)))).square().mean()
+
+
+def test_a_layer_without_gradients_has_shown_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Adapted(), torch.randn(8, 16, 64)
+    assert calibrate(model, [x], noise=0.3, **SMALL).ratios["a"] == 1.0
+    found = calibrate(model, [x], ratio=0.3, late="exact", **SMALL)
+    assert found.ratios["a"] == 0.3
+    assert next(layer for layer in found.layers if "a" in layer.modules).noise == 0
+    assert max(found.ratios.values()) < 1
+
+
+def test_a_source_that_does_not_know_these_examples() -> None:
+    model, x = Net(), batch_of()
+    source = SampleNorms()
+    with sample_ids(range(len(x))):
+        torch.compile(model, backend=Backend(norms=source, ratio=0.3, **SMALL))(x).backward()
+    with sample_ids(range(100, 100 + len(x))):
+        assert calibrate(model, [x], norms=source, **SMALL).layers
+    with sample_ids(range(8, 8 + len(x))), pytest.raises(ValueError, match="out of range for 8 examples"):
+        calibrate(model, [x], norms=SampleNorms(examples=8), **SMALL)
+
+
 def test_a_budget_of_rows_goes_where_the_noise_is() -> None:
     torch.manual_seed(0)
     model, x = Net(), batch_of()
@@ -273,6 +306,7 @@ def test_training_is_left_alone_and_a_compiled_model_is_measured_like_a_plain_on
         ({"estimator": "topk"}, "it has a bias"),
         ({"attention": True}, "only weight gradients"),
         ({"ratio": {"*": 0.3}}, "expected one number"),
+        ({"ratio": 0.01}, "no layer is given less than 0.02"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
@@ -289,7 +323,7 @@ def test_bad_batches() -> None:
         calibrate(Net(), [batch_of()], **{**SMALL, "min_rows": 10_000})
 
 
-@pytest.mark.parametrize("ratio", [{}, {"a": 0.0}, {"a": "x"}, {1: 0.5}, {"a": True}, "auto:3"])
+@pytest.mark.parametrize("ratio", [{}, {"a": 0.0}, {"a": "x"}, {1: 0.5}, {"a": True}, "auto:3", "auto:0.01"])
 def test_bad_ratios(ratio: object) -> None:
     with pytest.raises((TypeError, ValueError), match="ratio"):
         Config(ratio=ratio)  # type: ignore[arg-type]

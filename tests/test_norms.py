@@ -1,6 +1,7 @@
 """Norm sources: what they estimate, and that wrong estimates never bias."""
 
 import copy
+import gc
 import json
 import pickle
 import warnings
@@ -214,6 +215,47 @@ def test_a_cache_larger_than_memory_is_refused_before_it_is_made():
     ):
         compiled(*batch)
     assert source.bytes == 0
+
+
+def test_resizing_beyond_memory_is_refused_before_it_is_done():
+    source = SampleNorms(examples=4, host_memory="1MB")
+    source.begin(["a"], (3,))
+    source.read("a", rows(2, 2, (3,)))
+    source.record("a", rows(2, 2, (3,)), torch.ones(2))
+    with pytest.raises(MemoryError, match=r"10000000 examples at 1 sites \(of 2 tokens here\) takes 38.1 MiB"):
+        source.resize(10**7)
+    assert source.size == 4
+    source.resize(8)
+    assert source.tables["a"].examples == 8
+
+
+def test_a_model_made_again_for_a_checkpoint_has_the_name_of_the_one_that_is_gone():
+    source, batch = SampleNorms(examples=8), transformer_batch()
+
+    def train(model):
+        torch._dynamo.reset()
+        with sample_ids(range(8)):
+            torch.compile(model, backend=Backend(norms=source, **EARLY))(*batch).backward()
+
+    train(model := Transformer(layers=1))
+    state, sites = source.state_dict(), {*source.tables}
+    del model
+    gc.collect()
+    source.load_state_dict(state)
+    train(Transformer(layers=1))
+    assert {*source.tables} == sites
+
+
+def test_a_checkpoint_without_ids_of_another_model_is_refused():
+    source, batch = SampleNorms(), transformer_batch()
+    with pytest.warns(WtacrsWarning, match="was not told its sample ids"):
+        torch.compile(Transformer(layers=1), backend=Backend(norms=source, **EARLY))(*batch).backward()
+    other = SampleNorms()
+    other.load_state_dict(source.state_dict())
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    with pytest.raises(Exception, match="are those of another model"), sample_ids(range(8)):
+        torch.compile(net, backend=Backend(norms=other, **EARLY))(batch[0])
 
 
 def test_several_forwards_before_their_backwards():

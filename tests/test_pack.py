@@ -10,6 +10,8 @@ from wtacrs_fx.rounding import pack, unpack
 
 from helpers import SMALL, Recorder, Transformer, gradients, transformer_batch
 
+aten = torch.ops.aten
+
 EXACT = {"ratio": 1.0, "inner": "eager", **SMALL}
 
 
@@ -150,15 +152,29 @@ def test_a_mask_is_computed_where_its_inputs_are():
     """As behind a LoRA layer: the mask is of a sum of two products, and was traced with the backward."""
     graph = torch.fx.Graph()
     x, w = (graph.placeholder(n) for n in ("x", "w"))
-    aten = torch.ops.aten
     total = graph.call_function(aten.add.Tensor, tuple(graph.call_function(aten.mm.default, (x, w)) for _ in "ab"))
     relu = graph.call_function(aten.relu.default, (total,))
     last = graph.call_function(aten.mm.default, (relu, w))
     mask = graph.call_function(aten.le.Scalar, (relu, 0))
     graph.output((last, mask))
-    hoist(mask, {n: i for i, n in enumerate(graph.nodes)})
+    hoist(mask)
     graph.lint()
     assert relu.next is mask
     assert mask.next is last
-    hoist(mask, {n: i for i, n in enumerate(graph.nodes)})
+    hoist(mask)
     assert relu.next is mask
+
+
+def test_a_mask_made_of_a_hoisted_one():
+    """Where the first one stands now counts, not where it stood."""
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    relu = graph.call_function(aten.relu.default, (x,))
+    other = graph.call_function(aten.mm.default, (relu, w))
+    first = graph.call_function(aten.le.Scalar, (relu, 0))
+    second = graph.call_function(aten.logical_and.default, (first, other))
+    graph.output((other, first, second))
+    hoist(first)
+    hoist(second)
+    graph.lint()
+    assert [n.name for n in graph.nodes][2:6] == [relu.name, first.name, other.name, second.name]

@@ -99,6 +99,18 @@ def test_a_batch_without_padding_shows_nothing():
     assert (means > 0).all(), "positions that are often padding have the mean of those that are not"
 
 
+def test_no_gradient_at_all_shows_nothing():
+    """Rows of padding have no gradient in the first step, nor has any other row: as of a LoRA's first factor."""
+    model, batch = Masked(layers=1), masked_batch()
+    model.leak = True
+    backend = Backend(padding="attention_mask", **EARLY)
+    compiled = torch.compile(model, backend=backend)
+    gradients(model, *batch, call=lambda *batch: 0 * compiled(*batch))
+    assert set(backend.padding.values()) == {"unknown"}
+    gradients(model, *batch, call=compiled)
+    assert next(v for s, v in backend.padding.items() if s.startswith("blocks.0.down")) == "refused"
+
+
 @pytest.mark.skipif(
     torch.__version__ < "2.13", reason="T5 is several graphs before, and the decoder's has no such argument"
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from wtacrs_fx.choose import Calibration, choose
+from wtacrs_fx.choose import GRID, Calibration, choose
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.meter import Meter
@@ -30,9 +30,9 @@ def calibrate(
 
     With ``noise`` every layer gets the least ratio at which its added variance is at most that share of the variance that the
     batch itself gives to its weight gradient, estimated from the spread of the gradients of single sequences: what training
-    tolerates anyhow (VCAS, ICLR 2024). Where that takes all rows, the layer stays exact. With ``ratio`` the bytes of keeping
-    that share everywhere are spread over the layers for the least total variance (FLOPs in place of bytes where rows are
-    chosen in the backward); 0.3 if neither is given.
+    tolerates anyhow (VCAS, ICLR 2024). Where that takes all rows, or the batches give no gradient at all, the layer stays
+    exact. With ``ratio`` the bytes of keeping that share everywhere are spread over the layers for the least total variance
+    (FLOPs in place of bytes where rows are chosen in the backward); 0.3 if neither is given.
 
     Rows that are chosen in the forward are chosen by what the options ``norms`` and ``padding`` let them know. The state of a
     norm source that is given as an object counts (with the ids of ``sample_ids``, if it asks for them); where it has none yet,
@@ -67,7 +67,7 @@ def calibrate(
         )
     for draw in meter.draws:
         draw.late = any(module in late for module in draw.modules)
-    return choose(meter.draws, ratio=0.3 if ratio is None else ratio, noise=noise)
+    return choose(meter.draws, ratio=ratio or (0.3 if noise is None else 1.0), noise=noise)
 
 
 def _config(ratio: float | None, noise: float | None, options: Mapping[str, Any]) -> Config:
@@ -77,6 +77,8 @@ def _config(ratio: float | None, noise: float | None, options: Mapping[str, Any]
         raise ValueError(f"noise={noise!r}: expected a share of the batch's own variance, such as 0.05.")
     if ratio is not None and not isinstance(ratio, (int, float)):
         raise TypeError(f"ratio={ratio!r}: expected one number, the share of rows to spread over the layers.")
+    if ratio is not None and 0 < ratio < GRID[0]:
+        raise ValueError(f"ratio={ratio!r}: no layer is given less than {GRID[0]}; spread at least that.")
     config = Config.from_options({**options, "ratio": 0.3 if ratio is None or ratio == 1 else ratio})
     if config.attention:
         raise ValueError("attention=True: only weight gradients are measured; calibrate without it.")

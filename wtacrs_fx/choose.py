@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from wtacrs_fx.config_checks import LEAST_SHARE
 from wtacrs_fx.noise import allocate, smallest_within
 
-GRID = (0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+GRID = (LEAST_SHARE, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Ratios at which noise is measured, and among which is chosen."""
 
 CHANGE = 0.3
@@ -88,13 +89,21 @@ class Calibration:
 
 
 def choose(draws: Sequence[Draw], *, ratio: float, noise: float | None) -> Calibration:
-    """The ratio of every draw from what was measured."""
-    chosen: dict[int, float] = {}
+    """The ratio of every draw from what was measured.
+
+    Args:
+        draws: what was measured.
+        ratio: spread over the layers without ``noise``. In any case that of draws whose gradient was zero in every batch (of a
+            LoRA's first factor, while the second is zero): they have shown nothing.
+        noise: share of the batch's own.
+    """
+    shown = [i for i, m in enumerate(draws) if m.norm or any(m.curve)]
+    chosen = dict.fromkeys(range(len(draws)), ratio)
     if noise is not None:
-        chosen = {i: smallest_within(m.curve, GRID, noise * max(m.batch_noise, 0.0)) for i, m in enumerate(draws)}
+        chosen |= {i: smallest_within(draws[i].curve, GRID, noise * max(draws[i].batch_noise, 0.0)) for i in shown}
     else:
         for late in (False, True):
-            some = [i for i, m in enumerate(draws) if m.late is late]
+            some = [i for i in shown if draws[i].late is late]
             costs = [float(draws[i].flops if late else draws[i].bytes) for i in some]
             found = allocate([draws[i].curve for i in some], costs, GRID, ratio * sum(costs))
             chosen |= dict(zip(some, found))
@@ -106,7 +115,7 @@ def choose(draws: Sequence[Draw], *, ratio: float, noise: float | None) -> Calib
                 modules=tuple(dict.fromkeys(m.modules)),
                 decision="exact" if chosen[i] == 1 else "late" if m.late else "early",
                 ratio=chosen[i],
-                noise=m.curve[GRID.index(chosen[i])] / size,
+                noise=m.curve[GRID.index(chosen[i])] / size if i in shown else 0.0,
                 batch_noise=max(m.batch_noise, 0.0) / size,
             )
         )

@@ -11,6 +11,9 @@ from wtacrs_fx.units import parse_bytes
 
 T = TypeVar("T")
 
+LEAST_SHARE = 0.02
+"""Of rows that ratio="auto" gives a layer."""
+
 OUTPUT_HEADS = (
     "*lm_head",
     "*classifier",
@@ -80,12 +83,12 @@ def _as_auto(value: str) -> str:
     """ "auto" -> "auto:0.3"."""
     name, _, share = value.partition(":")
     with contextlib.suppress(ValueError):
-        if name == "auto" and 0 < float(share or 0.3) < 1:
+        if name == "auto" and LEAST_SHARE <= float(share or 0.3) < 1:
             return f"auto:{float(share or 0.3):g}"
     error = ValueError if name == "auto" else TypeError
     raise error(
-        f"ratio={value!r}: expected a number, a dict, or as a text 'auto' or 'auto:0.2', which spreads 0.2 of the rows over "
-        "the layers."
+        f"ratio={value!r}: expected a number, a dict, or as a text 'auto' or 'auto:0.2', which spreads 0.2 of the "
+        f"rows (at least {LEAST_SHARE}) over the layers."
     )
 
 

@@ -65,6 +65,7 @@ class SampleNorms(NormSource):
 
     def begin(self, sites: Sequence[str], ids: tuple[int, ...] | None) -> None:
         check_loaded(self.loaded, sites)
+        self.position.begin(sites, ids)
         if ids:
             if self.examples is not None and (outside := [i for i in ids if i >= self.examples]):
                 raise ValueError(
@@ -83,7 +84,8 @@ class SampleNorms(NormSource):
             return usual
         if length > self._expected.get(site, 0) or self.size > self._checked:
             self._expected[site] = max(length, self._expected.get(site, 0))
-            self._refuse_if_too_large(length, rows.device)
+            self._refuse_if_too_large(self.size, [n or length for n in self._expected.values()], rows.device)
+            self._checked = self.size
         if site not in self.tables:
             return usual
         known = self._table(site, self.tables[site].width, rows.device).read(rows, length)
@@ -98,9 +100,14 @@ class SampleNorms(NormSource):
             self._table(site, length, rows.device).write(rows, norms.view(-1, length))
 
     def resize(self, examples: int) -> None:
-        """Room for another number of examples; what is known of those that stay is kept."""
+        """Room for another number of examples; what is known of those that stay is kept.
+
+        Raises: ValueError: no number of examples. MemoryError, before anything is allocated: the tables would not fit.
+        """
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
             raise ValueError(f"examples={examples!r}: expected the number of training examples, at least 1.")
+        for table in self.tables.values():
+            self._refuse_if_too_large(examples, [t.width for t in self.tables.values()], table.device)
         self.examples = self._needed = examples
         for site, table in self.tables.items():
             self.tables[site] = table.resized(examples, table.width)
@@ -135,17 +142,16 @@ class SampleNorms(NormSource):
             self.tables[site] = old.resized(self.size, width).on(device, host=not fits)
         return self.tables[site]
 
-    def _refuse_if_too_large(self, length: int, device: torch.device) -> None:
-        """Before any table of this length, or for so many examples, is made: are there bytes for all?"""
-        predicted = 2 * self.size * sum(n or length for n in self._expected.values())
+    def _refuse_if_too_large(self, examples: int, lengths: Sequence[int], device: torch.device) -> None:
+        """Before any table of these lengths, or for so many examples, is made: are there bytes for all?"""
+        predicted = 2 * examples * sum(lengths)
         free = available_bytes() + self.bytes if self.host_memory is None else self.host_memory
         if predicted > self._device_limit(device) + free:
             raise MemoryError(
-                f"norms='sample': the cache of {self.size} examples at {len(self._expected)} sites (of {length} tokens here) "
+                f"norms='sample': the cache of {examples} examples at {len(lengths)} sites (of {max(lengths)} tokens here) "
                 f"takes {format_bytes(predicted)} ({predicted} B), and {format_bytes(int(free))} of host memory are free. Use "
                 "norms='position', fewer sites (include, exclude), or shorter sequences."
             )
-        self._checked = self.size
 
     def _device_limit(self, device: torch.device) -> int:
         """Bytes of tables on the device; on a CPU there is host memory only."""

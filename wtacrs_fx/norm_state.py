@@ -70,11 +70,12 @@ class RowState:
         if parameter is None:
             return ""
         known = self.owners.setdefault(name, [])
-        for i, owner in enumerate(known):
-            if owner() is parameter:
-                return f"@{i}" if i else ""
-        known.append(weakref.ref(parameter))
-        return f"@{len(known) - 1}" if len(known) > 1 else ""
+        owners = [owner() for owner in known]
+        i = next((i for i, owner in enumerate(owners) if owner is parameter), None)
+        if i is None:  # (a model that is gone leaves its place: the next may be the same, made again for a checkpoint)
+            i = next((i for i, owner in enumerate(owners) if owner is None), len(known))
+            known[i : i + 1] = [weakref.ref(parameter)]
+        return f"@{i}" if i else ""
 
     def importance(self, call: "Call", norms: Tensor, mask: Tensor | None, sites: Sequence[str], length: int) -> Tensor:
         """``|h_i| n_i`` for the estimates n of ``|g|``, over sites s that share the input: ``n_i^2 = sum_s n_si^2``.
@@ -105,14 +106,15 @@ class RowState:
 
     def _try_padding(self, site: str, squared: Tensor, mask: Tensor) -> bool:
         """Whether the mask is to be believed. Calls 1, 2, 4, 8, ... of a site are looked at, because looking waits for the
-        device. A batch without padding, or with an overflow, shows nothing."""
+        device. A batch without padding, without any gradient (of a LoRA's first factor, while the second is zero), or with an
+        overflow, shows nothing."""
         trial = self.padding.setdefault(site, Trial())
         trial.calls += 1
         if trial.verdict == "refused" or trial.calls & (trial.calls - 1):
             return trial.verdict == "zero"
         padded = ~mask
         shows, wrong = torch.stack(
-            [padded.any() & torch.isfinite(squared).all(), (squared * padded > 0).any()]
+            [padded.any() & (squared > 0).any() & torch.isfinite(squared).all(), (squared * padded > 0).any()]
         ).tolist()
         if shows:
             trial.verdict = "refused" if wrong else "zero"
