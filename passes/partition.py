@@ -13,6 +13,7 @@ from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.joint_graph import cutter
 from wtacrs_fx.passes.kinds import is_tangent
+from wtacrs_fx.passes.meet_budget import meet_budget
 from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import decide
 from wtacrs_fx.passes.summary import ledger_of
@@ -88,23 +89,29 @@ def explore(
     static_lifetime_input_indices: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Prediction, list[tuple[str, Plan, bool]]]:
-    """Plans of least predicted time for a range of peaks: (prediction of the exact partition, [(arm, plan, chosen)]).
-    Without a budget all that can be rounded is, which is none of them: none is chosen then."""
+    """Plans of least predicted time for a range of peaks: (prediction of the exact partition, [(arm, plan, chosen)]). The plan
+    that the options lead to is among them. Without a budget all that can be rounded is, which is none of them: none is
+    chosen then. With "auto" the exact partition is, where finished ones need no less memory."""
     config = take_region_budget(joint.graph, config)
     planned = config.memory_budget is not None
     config = config if planned else replace(config, memory_budget=1.0)  # torch's own budget is off, nothing more
     cut = cutter(joint_inputs, config, static_lifetime_input_indices, kwargs)
     sampled = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
     exact = replace(sampled, plan=decide(sampled.sites, replace(config, ratio=1.0, row_bits=None)))
+    sampled.cut_as_planned()
+    exact.cut_as_planned()
+    taken = meet_budget(sampled) if config.memory_budget == "auto" else None
+    stays_exact = taken is not None and taken.recomputation is None
     result: list[tuple[str, Plan, bool]] = []
     for arm, work in (("exact", exact), ("sampled", sampled)):
-        work.cut_as_planned()
         planner = work.planners()[0 if work is exact else -1]  # (the last one rounds)
         keep, least = planner.keep, planner.least_peak(math.inf)
         step = (keep.peak - least.peak) / max(1, points - 1)
         plans = [keep, *(planner.fastest(int(keep.peak - i * step)) for i in range(1, points - 1)), least]
-        asked = (Goal.of(config, work.prediction).plan(planner) or least) if planned else keep
-        chosen = asked if work is sampled and (planned or not config.rounds) else None
+        chosen = keep if stays_exact else None
+        if work is sampled:
+            asked = (Goal.of(config, work.prediction).plan(planner) or least) if planned else keep
+            chosen = taken.recomputation if taken is not None else asked if planned or not config.rounds else None
         distinct = {p.peak: p for p in (*plans, chosen) if p is not None}
         result += [(arm, distinct[p], distinct[p] is chosen) for p in sorted(distinct, reverse=True)]
     return sampled.prediction, result

@@ -13,6 +13,13 @@ def model_and_batch():
     return Transformer(width=256, layers=3), transformer_batch(8, 128, 256)  # large enough for sampling to save time
 
 
+class SquareMean(torch.nn.Module):
+    """A loss inside of the model."""
+
+    def forward(self, x):
+        return x.square().mean()
+
+
 def test_exact_and_sampled_plans():
     model, batch = model_and_batch()
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -44,6 +51,24 @@ def test_without_a_budget_all_is_rounded():
     found = wtacrs_fx.frontier(model, batch, points=2, ratio=0.1, **SMALL, round_bits=8)
     assert not any(p.chosen for p in found.points)
     assert wtacrs_fx.report(model, batch, ratio=0.1, **SMALL, round_bits=8).rounded
+
+
+def test_where_every_plan_takes_more_memory_the_exact_one_is_chosen():
+    """As a Backend does."""
+    layers = torch.nn.Linear(256, 1024), torch.nn.GELU(), torch.nn.Linear(1024, 256)
+    model, x = torch.nn.Sequential(*layers, SquareMean()), torch.randn(2048, 256)
+    (chosen,) = [p for p in wtacrs_fx.frontier(model, x).points if p.chosen]
+    assert chosen.arm == "exact"
+    assert {e.decision for e in wtacrs_fx.report(model, x).entries} == {"exact"}
+
+
+def test_auto_marks_what_a_backend_does():
+    model, batch = model_and_batch()
+    options = {"ratio": 0.1, **SMALL, "memory_budget": "auto"}
+    found = wtacrs_fx.frontier(model, batch, points=4, **options)
+    (chosen,) = [p for p in found.points if p.chosen]
+    assert chosen.arm == "sampled"
+    assert chosen.peak == pytest.approx(wtacrs_fx.report(model, batch, **options).predicted.peak, rel=0.05)
 
 
 def test_bad_input():

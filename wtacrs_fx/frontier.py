@@ -87,7 +87,8 @@ def frontier(model: nn.Module, batch: Batch, *, points: int = POINTS, **options:
     Args:
         model: in the mode in which it is trained.
         batch: keyword arguments (a mapping), positional arguments (a sequence), or the one argument.
-        points: plans per arm at most.
+        points: how many plans per arm to look for. Those of the highest and of the least peak, and the chosen one, are
+            always there; equal ones are there once.
         options: the fields of :class:`wtacrs_fx.Config`.
 
     Raises:
