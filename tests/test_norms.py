@@ -97,6 +97,26 @@ def test_adversarial_norms_do_not_bias(estimator):
         assert z.square().mean().sqrt() < 1.35, name
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kind", ["position", "sample"])
+@pytest.mark.parametrize("estimator", ["crs", "systematic"])
+def test_known_norms_do_not_bias(kind, estimator, bits):
+    """Of kept rows as they are, and of rounded ones."""
+    torch._dynamo.reset()
+    model, batch = Heads(layers=1), transformer_batch()
+    exact = gradients(model, *batch)
+    backend = Backend(norms=kind, **{**EARLY, "estimator": estimator, "ratio": 0.5, "row_bits": bits})
+    compiled = torch.compile(model, backend=backend)
+    moments = Moments()
+    with sample_ids(range(8)):
+        for _ in range(150):
+            moments.add(gradients(model, *batch, call=compiled))
+    early = [e for e in backend.ledger.entries if e.decision == "early"]
+    assert {e.bits for e in early} == {bits}
+    for name in (f"{e.module}.weight" for e in early):
+        assert moments.z(name, exact[name]).square().mean().sqrt() < 1.35, name
+
+
 @pytest.mark.parametrize("kind", ["position", "sample"])
 def test_knowing_the_norms_lowers_the_noise(kind):
     model, batch = Heads(), transformer_batch()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from wtacrs_fx import Config
@@ -47,6 +49,42 @@ def check_unbiased(x: Tensor, form: Format, draws: int = 200) -> None:
         assert abs(float(total.sum() / (draws * variance.sum()).sqrt())) < 4.5
         z = (total / (draws * variance).sqrt())[noisy]
         assert abs(float(z.square().mean()) - 1) < 4.5 * (2 / z.numel()) ** 0.5 + 0.02
+
+
+SHAPES = st.lists(st.integers(1, 9), max_size=2).flatmap(
+    lambda lead: st.sampled_from([1, 3, 64, 100, 128, 256]).map(lambda last: (*lead, last))
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    shape=SHAPES,
+    bits=st.sampled_from(BITS),
+    scale_bits=st.sampled_from([32, 16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    kind=st.sampled_from(["normal", "relu", "constant", "zero", "tiny", "one outlier"]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_any_tensor_comes_back_within_a_step(shape, bits, scale_bits, dtype, kind, seed):
+    """Shapes, types and degenerate values: finite, within one step of the grid, and the bytes that were announced."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if kind == "one outlier":
+        x.view(-1)[-1] = 1e4
+    x = {"relu": x.relu(), "constant": torch.full(shape, 0.7), "zero": torch.zeros(shape), "tiny": x * 1e-6}.get(
+        kind, x
+    )
+    x, form = x.to(dtype), Format(bits, scale_bits=scale_bits)
+    written = quantise(x, key(seed), form)
+    found = dequantise(written, x.shape, x.dtype, form)
+    assert sum(t.numel() * t.element_size() for t in written) == written_bytes(x.shape, form)
+    assert found.shape == x.shape
+    assert found.dtype == x.dtype
+    assert found.isfinite().all()
+    step, size = grid(x, form)[0], x.double().abs()
+    if scale_bits == 16:  # (a lowest value rounded downwards, a step upwards)
+        step = (step + size.amax() * 2**-7 / form.levels) * (1 + 2**-7)
+    unit = torch.finfo(dtype).eps * (size + step + torch.finfo(dtype).smallest_normal)  # (what the type itself rounds)
+    assert ((found.double() - x.double()).abs() <= step * (1 + 1e-4) + unit).all()
 
 
 class TestUniform:
