@@ -108,10 +108,14 @@ def explore(
         keep, least = planner.keep, planner.least_peak(math.inf)
         step = (keep.peak - least.peak) / max(1, points - 1)
         plans = [keep, *(planner.fastest(int(keep.peak - i * step)) for i in range(1, points - 1)), least]
-        chosen = keep if stays_exact else None
-        if work is sampled:
-            asked = (Goal.of(config, work.prediction).plan(planner) or least) if planned else keep
-            chosen = taken.recomputation if taken is not None else asked if planned or not config.rounds else None
+        if work is exact:
+            chosen = keep if stays_exact else None
+        elif taken is not None:
+            chosen = taken.recomputation
+        elif planned:
+            chosen = Goal.of(config, work.prediction).plan(planner) or least
+        else:
+            chosen = None if config.rounds else keep
         distinct = {p.peak: p for p in (*plans, chosen) if p is not None}
         result += [(arm, distinct[p], distinct[p] is chosen) for p in sorted(distinct, reverse=True)]
     return sampled.prediction, result

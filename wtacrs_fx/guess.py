@@ -69,7 +69,7 @@ class Guess:
             rows = Rows(
                 len(squares), len(squares) // self.sequences, squares.device, None if ids is None else ids.ids, mask
             )
-            source.begin((), rows.ids)
+            source.begin((), rows.ids)  # (which refuses ids that cannot be right, as in a forward)
             known = source.read(key, rows)
             if known is not None:
                 return known.double().square()

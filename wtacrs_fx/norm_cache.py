@@ -106,8 +106,8 @@ class SampleNorms(NormSource):
         """
         if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
             raise ValueError(f"examples={examples!r}: expected the number of training examples, at least 1.")
-        for table in self.tables.values():
-            self._refuse_if_too_large(examples, [t.width for t in self.tables.values()], table.device)
+        for device in {t.device for t in self.tables.values()}:
+            self._refuse_if_too_large(examples, [t.width for t in self.tables.values()], device)
         self.examples = self._needed = examples
         for site, table in self.tables.items():
             self.tables[site] = table.resized(examples, table.width)

@@ -86,9 +86,8 @@ class NormSource:
         """Take over a checkpoint. Raises ValueError: it is another kind's."""
         if state.get("kind") != self.kind:
             raise ValueError(f"a checkpoint of norms={state.get('kind')!r} was given to norms={self.kind!r}.")
-        if rows := vars(self).get(
-            "_row_state"
-        ):  # (which model comes first is seen anew: the old one may be there still)
+        rows = vars(self).get("_row_state")
+        if rows is not None:  # (which model comes first is seen anew: the old one may be there still)
             rows.owners.clear()
 
 
