@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import wtacrs_fx
-from wtacrs_fx import Backend
+from wtacrs_fx import Backend, SampleNorms, sample_ids
 
 from helpers import SMALL, Transformer, gradients, transformer_batch
 
@@ -56,6 +56,23 @@ def ddp_noise(rank, draws):
                 products = [float((a * b).sum() / b.square().sum()) for a, b in zip(got, want)]
                 found["projections"].append([p for p, b in zip(products, want) if float(b.norm()) > 1e-4])
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+
+
+def ddp_norms(rank):
+    """What a rank's norm source knows after two steps under DDP, and after the same two steps of one process alone."""
+    model, batch = model_and_batch(rank)
+    twin = copy.deepcopy(model)
+    known = []
+    for module in (nn.parallel.DistributedDataParallel(model), twin):
+        source = SampleNorms(examples=16)
+        call = torch.compile(module, backend=Backend(**{**KEEP_ALL, "ratio": 0.9, "norms": source, "late": "exact"}))
+        torch.manual_seed(3)
+        for _ in range(2):
+            with sample_ids(range(8 * rank, 8 * rank + len(batch[0]))):
+                call(*batch).backward()
+        tables = {site.removeprefix("module."): table.data for site, table in source.tables.items()}
+        known.append({"tables": tables, "means": list(source.position.mean.values())})
+    return {"together": known[0], "alone": known[1], "examples": len(batch[0])}
 
 
 def fsdp(rank, whole=False):

@@ -92,6 +92,21 @@ def test_ddp_is_unbiased_at_half_of_the_rows(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.works_with("Parallelism", "DDP with norms of gradients", "each rank keeps those of its own examples")
+def test_ddp_keeps_the_norms_of_its_own_examples(tmp_path):
+    for rank, result in enumerate(two_ranks("ddp_norms", tmp_path)):
+        together, alone = result["together"], result["alone"]
+        assert len(together["tables"]) == 12
+        assert together["tables"].keys() == alone["tables"].keys()
+        mine = range(8 * rank, 8 * rank + result["examples"])
+        for site, table in together["tables"].items():
+            torch.testing.assert_close(table, alone["tables"][site], equal_nan=True, msg=lambda m, s=site: f"{s}: {m}")
+            seen = (table.float().nan_to_num() > 0).any(1).nonzero().flatten().tolist()
+            assert seen == list(mine), f"{site}: examples of this rank and of no other"
+        torch.testing.assert_close(together["means"], alone["means"])
+
+
+@pytest.mark.long
 @pytest.mark.works_with("Parallelism", "FSDP2: `fully_shard` per block, the blocks or the model compiled", "yes")
 @pytest.mark.parametrize("whole", [False, True])
 def test_fsdp2(whole, tmp_path):
