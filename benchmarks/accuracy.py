@@ -48,9 +48,11 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "bits": KNOWN,
     "crs": {**PAPER, "estimator": "crs", "norms": "activation"},
     "topk": {**PAPER, "estimator": "topk", "norms": "activation"},
+    "noise": {},
 }
 """Options of each arm. "default" is what a user gets who names the ratio only (recomputation paid for by sampling, rows by
-the true gradient); "bits" holds the bytes of the ratio's 32-bit rows as more rows of fewer bits. With the suffix "-lora" the
+the true gradient); "bits" holds the bytes of the ratio's 32-bit rows as more rows of fewer bits; "noise" takes its number as
+the share of the batch's own noise that may be added, and chooses the ratio of every layer by that. With the suffix "-lora" the
 model is trained by adapters of rank 8 on all linear layers, at a higher learning rate; "micro-N" is exact training with the
 batch's gradient taken from 1/N of its examples."""
 
@@ -106,6 +108,16 @@ def options_of(arm: str, args: argparse.Namespace) -> dict[str, Any] | None:
     return options if options is None or name != "ours" else {**options, **args.ours}
 
 
+def chosen_options(arm: str, ratio: float, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an arm for the number that ``--ratios`` gives it."""
+    match arm.removesuffix("-lora"):
+        case "bits":
+            return options | more_rows(ratio)
+        case "noise":
+            return options | {"noise": ratio}
+    return {"ratio": ratio, **options}
+
+
 def more_rows(ratio: float) -> dict[str, Any]:
     """Options that hold at most the bytes of ``ratio`` rows of 32 bits: every tensor that can be in 8 bits, all rows too, if 8
     bits fit; else as many rows in 4 bits as fit. A group of 128 values has a scale of 16 bits."""
@@ -137,9 +149,7 @@ def run(arm: str, ratio: float, seed: int, args: argparse.Namespace) -> dict[str
     )
     model = _with_adapters(model) if arm.endswith("-lora") else model
     options = options_of(arm, args)
-    known = {"ratio": ratio, **(options or {}), "inner": args.inner}
-    if arm.removesuffix("-lora") == "bits":
-        known |= more_rows(ratio)
+    known = chosen_options(arm, ratio, options or {}) | {"inner": args.inner}
     if known.get("norms") == "sample":
         known["norms"] = SampleNorms(examples=len(train))
     backend = Backend(**known) if options is not None else Backend(Config(inner=args.inner).exact())
@@ -154,6 +164,7 @@ def run(arm: str, ratio: float, seed: int, args: argparse.Namespace) -> dict[str
         "seed": seed,
         "options": known | ({"norms": options["norms"]} if options and "norms" in options else {}),
         "settings": {k: getattr(args, k) for k in ("examples", "epochs", "batch_size", "length", "lr", "test_items")},
+        "ratios": {m: r for c in backend.calibrations for m, r in c.ratios.items()},
         "padding": 1 - float(inputs["attention_mask"][: len(train)].double().mean()),
         "rows_of_padding": dict(Counter(backend.padding.values())),
         "losses": losses,

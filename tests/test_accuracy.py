@@ -41,6 +41,18 @@ def test_tables_of_orange(tmp_path):
     assert names == {"earn": 0, "acq": 1}
 
 
+def test_what_the_number_of_an_arm_is():
+    assert accuracy.chosen_options("paper-lora", 0.3, {"estimator": "wta_crs"}) == {
+        "estimator": "wta_crs",
+        "ratio": 0.3,
+    }
+    assert accuracy.chosen_options("noise", 0.05, {}) == {"noise": 0.05}
+    assert accuracy.chosen_options("bits", 0.3, {}) == {"ratio": 1.0, "round_bits": 8}
+    few = accuracy.chosen_options("bits", 0.1, {})
+    assert few["row_bits"] == 4
+    assert few["ratio"] * (4 + 16 / 128) <= 3.2 + 1e-9
+
+
 @pytest.mark.long
 def test_runs_are_resumed(tmp_path, monkeypatch, capsys):
     sizes = {"examples": 16, "batch-size": 16, "epochs": 1, "length": 16, "test-items": 4}
