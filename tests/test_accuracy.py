@@ -26,6 +26,9 @@ def test_differences_are_paired():
     table = render([*exact.values(), *ours.values()])
     assert "| 0.510 ± 0.010 |" in table
     assert "+1.00 (1.00" in table
+    part = {**result("micro-4", 1.0, 0, [1, 0, 0, 0] * 25), "saved_bytes_exact": 1}
+    (row,) = (x for x in render([*exact.values(), part]).splitlines() if "micro-4" in x)
+    assert row.split("|")[-3].strip() == "0.50", "of the whole batch's bytes"
 
 
 def test_texts_are_joined_by_class():
