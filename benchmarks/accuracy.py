@@ -14,20 +14,20 @@ of one class are joined until that length is full.
 
 import argparse
 import json
-import math
+import re
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from wtacrs_fx import Backend, Config, SampleNorms, WtacrsWarning, measure, sample_ids
+from wtacrs_fx.benchmarks.accuracy_table import render
 from wtacrs_fx.benchmarks.texts import DATA, texts
 from wtacrs_fx.demo_data import find_model
 
@@ -54,7 +54,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 the true gradient); "bits" holds the bytes of the ratio's 32-bit rows as more rows of fewer bits; "noise" takes its number as
 the share of the batch's own noise that may be added, and chooses the ratio of every layer by that. With the suffix "-lora" the
 model is trained by adapters of rank 8 on all linear layers, at a higher learning rate; "micro-N" is exact training with the
-batch's gradient taken from 1/N of its examples."""
+batch's gradient taken from 1/N of its examples, whose noise is N - 1 times the batch's own (``accuracy_noise``)."""
 
 EVAL_BATCH = 64
 
@@ -63,7 +63,28 @@ LORA_LR = 10.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = arguments(__doc__).parse_args()
+    if unknown := [a for a in args.arms if not known_arm(a)]:
+        arguments(__doc__).error(
+            f"--arms {unknown[0]}: expected {', '.join(ARMS)}, one of these with -lora, or micro-N"
+        )
+    folder = args.out / "accuracy"
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for arm in args.arms:
+            for ratio in args.ratios if options_of(arm, args) is not None else [1.0]:
+                path = folder / f"{name_of(args)}_{arm}_{ratio}_{seed}.json"
+                if not path.exists():
+                    path.write_text(json.dumps(run(arm, ratio, seed, args)) + "\n")
+                    print(path, file=sys.stderr)
+    text = render([json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))])
+    (folder / "accuracy.md").write_text(text + "\n")
+    print(text)
+
+
+def arguments(text: str | None) -> argparse.ArgumentParser:
+    """What to train, on what, and how."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, default="movies")
     parser.add_argument("--folder", type=Path, help="of the files DATA-train.tab and DATA-test.tab (r8, 20newsgroups)")
     parser.add_argument("--arms", nargs="+", default=["exact", "paper", "ours"], metavar="ARM")
@@ -79,21 +100,18 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--inner", default="inductor", choices=["inductor", "eager"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    if unknown := [a for a in args.arms if a.removesuffix("-lora") not in ARMS and not a.startswith("micro-")]:
-        parser.error(f"--arms {unknown[0]}: expected {', '.join(ARMS)}, one of these with -lora, or micro-N")
-    folder = args.out / "accuracy"
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:
-        for arm in args.arms:
-            for ratio in args.ratios if options_of(arm, args) is not None else [1.0]:
-                path = folder / f"{name_of(args)}_{arm}_{ratio}_{seed}.json"
-                if not path.exists():
-                    path.write_text(json.dumps(run(arm, ratio, seed, args)) + "\n")
-                    print(path, file=sys.stderr)
-    text = render([json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))])
-    (folder / "accuracy.md").write_text(text + "\n")
-    print(text)
+    return parser
+
+
+def known_arm(arm: str) -> bool:
+    """Whether it is one of :data:`ARMS`, with or without adapters, or a part of the batch."""
+    return arm.removesuffix("-lora") in ARMS or part_of(arm) is not None
+
+
+def part_of(arm: str) -> float | None:
+    """The N of "micro-N"; None for another arm."""
+    found = re.fullmatch(r"micro-(\d+(\.\d+)?)(-lora)?", arm)
+    return float(found[1]) if found else None
 
 
 def name_of(args: argparse.Namespace) -> str:
@@ -104,7 +122,7 @@ def name_of(args: argparse.Namespace) -> str:
 def options_of(arm: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """Options of the backend; None for exact training."""
     name = arm.removesuffix("-lora")
-    options = None if name.startswith("micro-") else ARMS[name]
+    options = None if part_of(arm) else ARMS[name]
     return options if options is None or name != "ours" else {**options, **args.ours}
 
 
@@ -126,36 +144,53 @@ def more_rows(ratio: float) -> dict[str, Any]:
     return {"row_bits": 4, "ratio": min(0.99, 32 * ratio / (4 + 16 / 128))}
 
 
+@dataclass(frozen=True)
+class Task:
+    """A model and the examples to train it on; those behind them are for the test."""
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    examples: int
+
+    @classmethod
+    def of(cls, arm: str, seed: int, args: argparse.Namespace) -> "Task":
+        """The pretrained encoder with a new classifier, with adapters if the arm asks for them."""
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        train, test, labels = texts(args, seed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(find_model())
+        encoded = tokenizer(
+            [t.text for t in (*train, *test)],
+            padding="max_length",
+            truncation=True,
+            max_length=args.length,
+            return_tensors="pt",
+        )
+        inputs = {k: encoded[k] for k in ("input_ids", "attention_mask")}
+        inputs["labels"] = torch.tensor([t.label for t in (*train, *test)])
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            find_model(), num_labels=labels, problem_type="single_label_classification"
+        )
+        return cls(_with_adapters(model) if arm.endswith("-lora") else model, inputs, len(train))
+
+    def rows(self, ids: Tensor | slice) -> dict[str, Tensor]:
+        """A batch of some examples."""
+        return {k: v[ids] for k, v in self.inputs.items()}
+
+
 def run(arm: str, ratio: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm and test it."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     torch._dynamo.reset()
-    train, test, labels = texts(args, seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(find_model())
-    encoded = tokenizer(
-        [t.text for t in (*train, *test)],
-        padding="max_length",
-        truncation=True,
-        max_length=args.length,
-        return_tensors="pt",
-    )
-    inputs = {k: encoded[k] for k in ("input_ids", "attention_mask")}
-    inputs["labels"] = torch.tensor([t.label for t in (*train, *test)])
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        find_model(), num_labels=labels, problem_type="single_label_classification"
-    )
-    model = _with_adapters(model) if arm.endswith("-lora") else model
+    task = Task.of(arm, seed, args)
     options = options_of(arm, args)
     known = chosen_options(arm, ratio, options or {}) | {"inner": args.inner}
     if known.get("norms") == "sample":
-        known["norms"] = SampleNorms(examples=len(train))
+        known["norms"] = SampleNorms(examples=task.examples)
     backend = Backend(**known) if options is not None else Backend(Config(inner=args.inner).exact())
-    share = int(arm.removesuffix("-lora").removeprefix("micro-")) if arm.startswith("micro-") else 1
     args = argparse.Namespace(**{**vars(args), "lr": args.lr * (LORA_LR if arm.endswith("-lora") else 1)})
-    losses, seconds = train_model(model, backend, inputs, len(train), seed, share, args)
+    losses, seconds = train_model(task, backend, seed, part_of(arm) or 1.0, args)
     ledger = backend.ledger
     return {
         "data": name_of(args),
@@ -165,39 +200,33 @@ def run(arm: str, ratio: float, seed: int, args: argparse.Namespace) -> dict[str
         "options": known | ({"norms": options["norms"]} if options and "norms" in options else {}),
         "settings": {k: getattr(args, k) for k in ("examples", "epochs", "batch_size", "length", "lr", "test_items")},
         "ratios": {m: r for c in backend.calibrations for m, r in c.ratios.items()},
-        "padding": 1 - float(inputs["attention_mask"][: len(train)].double().mean()),
+        "padding": 1 - float(task.inputs["attention_mask"][: task.examples].double().mean()),
         "rows_of_padding": dict(Counter(backend.padding.values())),
         "losses": losses,
         "seconds": statistics.median(seconds),
         "saved_bytes": ledger.saved_bytes,
         "saved_bytes_exact": ledger.saved_bytes_exact,
-        "correct": correct(model, {k: v[len(train) :] for k, v in inputs.items()}),
+        "correct": correct(task.model, task.rows(slice(task.examples, None))),
         "environment": measure.environment(),
     }
 
 
 def train_model(
-    model: nn.Module,
-    backend: Backend,
-    inputs: dict[str, Tensor],
-    examples: int,
-    seed: int,
-    share: int,
-    args: argparse.Namespace,
+    task: Task, backend: Backend, seed: int, parts: float, args: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
     """Loss and seconds of every step."""
-    compiled = torch.compile(model.train(), backend=backend, dynamic=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
+    compiled = torch.compile(task.model.train(), backend=backend, dynamic=False)
+    optimizer = torch.optim.AdamW([p for p in task.model.parameters() if p.requires_grad], lr=args.lr)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     losses, seconds = [], []
     for _ in range(args.epochs):
-        order = torch.randperm(examples, generator=generator)
-        for ids in order[: examples // args.batch_size * args.batch_size].view(-1, args.batch_size):
-            ids = ids[: len(ids) // share]
+        order = torch.randperm(task.examples, generator=generator)
+        for ids in order[: task.examples // args.batch_size * args.batch_size].view(-1, args.batch_size):
+            ids = ids[: round(len(ids) / parts)]
             start = time.perf_counter()
             with sample_ids(ids):
-                loss = compiled(**{k: v[ids] for k, v in inputs.items()}).loss
+                loss = compiled(**task.rows(ids)).loss
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -224,66 +253,6 @@ def _with_adapters(model: nn.Module) -> nn.Module:
     config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "key", "value", "dense"])
     adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
-
-
-def render(results: Sequence[dict[str, Any]]) -> str:
-    """A row per data set, arm and ratio."""
-    groups: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = {}
-    for r in results:
-        groups.setdefault((r["data"], r["arm"], r["ratio"]), {})[r["seed"]] = r
-    rows = []
-    for (data, arm, ratio), seeds in groups.items():
-        reference = groups.get((data, "exact", 1.0), {})
-        accuracies = [statistics.mean(r["correct"]) for r in seeds.values()]
-        last = [statistics.mean(r["losses"][-20:]) for r in seeds.values()]
-        any_ = next(iter(seeds.values()))
-        whole = next(iter(reference.values()), any_)["saved_bytes_exact"]  # (of micro-batches it is that of one)
-        rows.append(
-            (
-                data,
-                f"{any_['padding']:.2f}",
-                arm if ratio == 1 else f"{arm} {ratio}",
-                len(seeds),
-                with_error(accuracies),
-                paired(seeds, reference) if arm != "exact" else "",
-                f"{statistics.mean(last):.3f}",
-                f"{any_['saved_bytes'] / whole:.2f}",
-                f"{statistics.median(r['seconds'] for r in seeds.values()):.2f}",
-            )
-        )
-    headers = (
-        "data",
-        "padding",
-        "arm",
-        "seeds",
-        "accuracy",
-        "minus exact (by seed; by item)",
-        "loss",
-        "held",
-        "s/step",
-    )
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
-def paired(seeds: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
-    """Difference of accuracies in points: its mean, its standard error over seeds, and over items (of all seeds together)."""
-    common = sorted(seeds.keys() & reference.keys())
-    if not common:
-        return ""
-    items = [[a - b for a, b in zip(seeds[s]["correct"], reference[s]["correct"])] for s in common]
-    flat = [x for part in items for x in part]
-    mean = 100 * statistics.mean(flat)
-    by_item = 100 * statistics.stdev(flat) / math.sqrt(len(flat))
-    by_seed = (
-        100 * statistics.stdev(map(statistics.mean, items)) / math.sqrt(len(items)) if len(items) > 1 else math.nan
-    )
-    return f"{mean:+.2f} ({by_seed:.2f}; {by_item:.2f})"
-
-
-def with_error(values: Sequence[float]) -> str:
-    """Mean and its standard error over seeds."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from wtacrs_fx.benchmarks import accuracy
-from wtacrs_fx.benchmarks.accuracy import paired, render
+from wtacrs_fx import Config
+from wtacrs_fx.benchmarks import accuracy, accuracy_noise
+from wtacrs_fx.benchmarks.accuracy_table import paired, render
 from wtacrs_fx.benchmarks.texts import Text, joined, read_tab
+from wtacrs_fx.estimators import inclusion_probability
 
 
 def result(arm: str, ratio: float, seed: int, correct: list[int]) -> dict:
@@ -29,6 +32,41 @@ def test_differences_are_paired():
     part = {**result("micro-4", 1.0, 0, [1, 0, 0, 0] * 25), "saved_bytes_exact": 1}
     (row,) = (x for x in render([*exact.values(), part]).splitlines() if "micro-4" in x)
     assert row.split("|")[-3].strip() == "0.50", "of the whole batch's bytes"
+
+
+def test_parts_of_the_batch():
+    assert [accuracy.part_of(a) for a in ("micro-4", "micro-1.5-lora", "micro-", "exact")] == [4.0, 1.5, None, None]
+    assert accuracy.known_arm("default-lora")
+    assert accuracy.known_arm("micro-1.25")
+    assert not accuracy.known_arm("micro")
+
+
+def test_noise_of_an_arm():
+    """Of one linear layer with the loss <y, c>: added variance and the batch's own by their formulas."""
+    torch.manual_seed(0)
+    model, x, c = nn.Linear(8, 8, bias=False), torch.randn(32, 8), torch.randn(32, 8)
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = model
+
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return (self.linear(x) * c).sum()
+
+    task = accuracy.Task(Product(), {"x": x, "c": c}, 32)
+    config = Config(ratio=0.5, estimator="systematic", late="exact", min_bytes=0, min_rows=1, inner="eager")
+    found = accuracy_noise.share_of_noise(task, torch.arange(32).view(2, 16), 0.5, config)
+    added = own = 0.0
+    for part in (slice(0, 16), slice(16, 32)):
+        h, g = x[part].double(), c[part].double()
+        pi = inclusion_probability(h.norm(dim=1), 8)
+        added += float(((1 / pi - 1) * h.square().sum(1) * g.square().sum(1)).sum())
+        total = (g.T @ h).square().sum()
+        own += float(16 / 15 * ((h.square().sum(1) * g.square().sum(1)).sum() - total / 16))
+    assert found == pytest.approx(added / own, rel=1e-4)
+    table = accuracy_noise.render([{"data": "movies48", "share": {"paper 0.3": 0.5}}])
+    assert "micro-1.5" in table
 
 
 def test_texts_are_joined_by_class():

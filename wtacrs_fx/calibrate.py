@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from wtacrs_fx.choose import GRID, Calibration, choose
+from wtacrs_fx.choose import GRID, Calibration, Draw, choose
 from wtacrs_fx.config import Config
 from wtacrs_fx.errors import ReportError
 from wtacrs_fx.meter import Meter
@@ -51,6 +51,14 @@ def calibrate(
         TypeError, ValueError: as Config does; also if both ``ratio`` and ``noise`` are given, or one is out of its range.
     """
     config = _config(ratio, noise, options)
+    return choose(measured(model, batches, config), ratio=ratio or (0.3 if noise is None else 1.0), noise=noise)
+
+
+def measured(model: nn.Module, batches: Iterable[Batch], config: Config) -> list[Draw]:
+    """Of every draw: its noise at every ratio of the grid, and the batch's own, summed over the batches.
+
+    Raises: ReportError: as :func:`calibrate`, which says what is measured.
+    """
     with _uncompiled(model):
         meter, late = Meter(model, config), None
         for batch in batches:
@@ -67,7 +75,7 @@ def calibrate(
         )
     for draw in meter.draws:
         draw.late = any(module in late for module in draw.modules)
-    return choose(meter.draws, ratio=ratio or (0.3 if noise is None else 1.0), noise=noise)
+    return meter.draws
 
 
 def _config(ratio: float | None, noise: float | None, options: Mapping[str, Any]) -> Config:
