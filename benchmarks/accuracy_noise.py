@@ -53,7 +53,14 @@ def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
             if options.get("norms") == "sample":
                 options["norms"] = norms
             found[f"{arm} {ratio:g}"] = share_of_noise(task, batches, ratio, Config.from_options(options))
-    return {"data": name_of(args), "seed": seed, "share": found, "environment": measure.environment()}
+    settings = {k: getattr(args, k) for k in ("examples", "epochs", "batch_size", "length", "lr")}
+    return {
+        "data": name_of(args),
+        "seed": seed,
+        "settings": settings,
+        "share": found,
+        "environment": measure.environment(),
+    }
 
 
 def share_of_noise(task: Task, batches: Tensor, ratio: float, config: Config) -> float:
