@@ -172,7 +172,8 @@ def render(results: list[dict[str, Any]]) -> str:
         "Held bytes, peak of activations and step time (medians) as ratios to Inductor's default in the same run, without "
         "recomputation (`memory_budget=None`); relative squared errors of one step's gradients over the parameters."
     )
-    return "\n\n".join((head, "\n".join(lines), table(results)))
+    layers = "Largest relative squared error among the parameters of each layer, fused attention rounded too:"
+    return "\n\n".join((head, "\n".join(lines), table(results), layers, layer_table(results)))
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -199,6 +200,26 @@ def table(results: list[dict[str, Any]]) -> str:
             )
     headers = ("model", "dtype", "arm", "held /ind.", "peak /ind.", "step /ind.", "median error", "largest error")
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def layer_table(results: list[dict[str, Any]]) -> str:
+    """Per layer, that is a numbered module, the largest error of its parameters at 8, 4 and 2 bits."""
+    arms_shown = [f"{bits} bits, attention" for bits in (8, 4, 2)]
+    rows = []
+    for result in results:
+        found: dict[str, dict[str, float]] = {}
+        for arm in arms_shown:
+            for name, error in result["arms"].get(arm, {}).get("errors", {}).items():
+                numbered = re.match(r".*?\.\d+(?=\.)", name)
+                layer = found.setdefault(numbered[0] if numbered else "other", {})
+                layer[arm] = max(error, layer.get(arm, 0.0))
+        rows += [
+            (result["family"], result["dtype"], layer, *(f"{by[a]:.1e}" if a in by else "" for a in arms_shown))
+            for layer, by in sorted(found.items())
+        ]
+    return tabulate(
+        rows, ("model", "dtype", "layer", "8 bits", "4 bits", "2 bits"), tablefmt="github", disable_numparse=True
+    )
 
 
 if __name__ == "__main__":

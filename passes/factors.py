@@ -29,13 +29,17 @@ from wtacrs_fx.rounding import BITS, Format, written_bytes
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-ATTENTION_BACKWARDS = (
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-    aten._scaled_dot_product_flash_attention_backward.default,
-    aten._scaled_dot_product_efficient_attention_backward.default,
-    aten._scaled_dot_product_cudnn_attention_backward.default,
-)
-"""Fused: (gradient, q, k, v, ...). Not linear in these operands, and biased if they are rounded."""
+FUSED_ATTENTION: Mapping[Any, Sequence[int]] = {
+    op: tuple(i for i, a in enumerate(op._schema.arguments) if a.name in ("query", "key", "value", "out"))
+    for op in (
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        aten._scaled_dot_product_flash_attention_backward.default,
+        aten._scaled_dot_product_efficient_attention_backward.default,
+        aten._scaled_dot_product_cudnn_attention_backward.default,
+    )
+}
+"""Backward of fused attention -> where q, k, v and the output are among its arguments (a bias, which may hold -inf, is not
+rounded). Not linear in them, and biased if they are rounded."""
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 """Types of tensors that are rounded."""
@@ -111,8 +115,8 @@ def find_factors(
             continue
         backward = True
         places = _BILINEAR.get(node.target, ())
-        if fused_attention and node.target in ATTENTION_BACKWARDS:
-            places = (1, 2, 3, 4)
+        if fused_attention:
+            places = FUSED_ATTENTION.get(node.target, places)
         operands = [a for i in places if isinstance(a := node.args[i], Node)]
         operands = [a for a in dict.fromkeys(operands) if kinds[a] is Kind.ACTIVATION and a not in drawn]
         found += [Factor(node, a) for a in operands if is_rounded(a, types)]

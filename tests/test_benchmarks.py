@@ -210,6 +210,10 @@ class TestRounding:
         assert "| bert    | bfloat16 | 8 bits" in text
         assert "1.50" in text
         assert "failed: does not run" in text
+        errors = {"h.0.up.weight": 1e-4, "h.0.down.weight": 3e-4, "h.1.up.weight": 2e-4, "norm.weight": 1e-5}
+        result["arms"]["8 bits, attention"] = {"errors": errors}
+        layers = [[c.strip() for c in line.split("|")[3:6]] for line in rounding.layer_table([result]).splitlines()[2:]]
+        assert layers == [["h.0", "3.0e-04", ""], ["h.1", "2.0e-04", ""], ["other", "1.0e-05", ""]]
 
     def test_machines_are_not_mixed(self, monkeypatch, tmp_path):
         path = tmp_path / "bert.json"

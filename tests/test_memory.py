@@ -74,7 +74,7 @@ def test_ledger_total_is_what_autograd_holds(name, inner, late):
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize(
-    "options", [{"ratio": 0.3}, {"ratio": 1.0, "round_bits": 4, "row_bits": 4}], ids=["rows", "bits"]
+    "options", [{"ratio": 0.3}, {"ratio": 1.0, "round_bits": 8, "row_bits": 4}], ids=["rows", "bits"]
 )
 @pytest.mark.parametrize("name", ["transformer", "mlp"])
 def test_forward_and_dropout_are_those_of_the_exact_run(name, options, inner):

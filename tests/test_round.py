@@ -35,6 +35,7 @@ KINDS = {
     "new_gelu": lambda x: 0.5 * x * (1 + torch.tanh(0.797 * (x + 0.0447 * x**3))),
     "layer_norm": lambda x: F.layer_norm(x, (128,)),
     "rms_norm": rms_norm,
+    "torch_rms_norm": lambda x: F.rms_norm(x, (128,)),
     "softmax": lambda x: x.softmax(-1),
     "log_softmax": lambda x: x.log_softmax(-1),
     "residual_scaling": lambda x: x + x.sin() * torch.linspace(0.5, 2.0, 128),
@@ -367,3 +368,16 @@ def test_float64_stays_exact():
     with pytest.warns(WtacrsWarning, match="float64 takes part with round_float64=True only"):
         found = compiled_gradients(model, batch, backend)
     assert all(torch.equal(found[n], exact[n]) for n in exact)
+
+
+@pytest.mark.parametrize(
+    "options", [{"round_bits": 8}, {"round_bits": 4, "row_bits": 4}, {"round_bits": 2, "ratio": 0.3}]
+)
+def test_an_empty_batch(options):
+    """Nothing to round, and gradients of zero."""
+    model = Unit("layer_norm")
+    torch._dynamo.reset()
+    backend = Backend(**{**ROUNDED, **options})
+    torch.compile(model, backend=backend)(torch.randn(0, 128)).nansum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+    assert backend.ledger.compressed == ()

@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from wtacrs_fx.inductor import ROUNDED
-from wtacrs_fx.rounding import Format, quantise
+from wtacrs_fx.rounding import Format, dequantise, quantise
 
 SHAPE = (8, 32, 256)
 
@@ -33,6 +33,32 @@ def test_codes_are_made_in_registers(bits):
     assert not wide, f"{bits} bits: {wide}"
     differ = (found[0] != rounded(x, key)[0]).float().mean()
     assert differ < 1e-3  # (where the last bit of gelu decides between two codes)
+
+
+READERS = {
+    "product": lambda grad, x: grad * x,
+    "normalisation": lambda grad, x: grad - x * (grad * x).mean(-1, keepdim=True),
+}
+"""What multiplies gradients by a rounded tensor, elementwise and along rows."""
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_codes_are_read_in_registers(bits, reader):
+    """Allocated is nothing of the tensor's size but the result."""
+    form = Format(bits)
+
+    def read(grad: Tensor, codes: tuple[Tensor, ...]) -> Tensor:
+        return READERS[reader](grad, dequantise(codes, SHAPE, torch.float32, form))
+
+    torch.manual_seed(0)
+    grad, codes = torch.randn(SHAPE), quantise(torch.randn(SHAPE), torch.tensor([1, 2], dtype=torch.int32), form)
+    torch._dynamo.reset()
+    found, (code,) = run_and_get_code(torch.compile(read, options=ROUNDED), grad, codes)
+    torch.testing.assert_close(found, read(grad, codes))
+    allocated = re.findall(r"= empty_strided_cpu\(\(([\d, ]*)\), .*torch\.(\w+)\)", code)
+    sizes = [math.prod(map(int, filter(None, shape.split(", ")))) for shape, _ in allocated]
+    assert [size for size in sizes if size >= grad.numel() // 8] == [grad.numel()], allocated
 
 
 def test_no_number_of_an_index_has_more_than_32_bits():

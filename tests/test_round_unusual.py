@@ -3,11 +3,14 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, Node
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from wtacrs_fx import Backend, WtacrsWarning, measure
 from wtacrs_fx.passes.bits import paying
+from wtacrs_fx.passes.factors import FUSED_ATTENTION, find_factors
+from wtacrs_fx.passes.kinds import Kind
 
 from helpers import Moments, Recorder, Transformer, gradients, transformer_batch
 
@@ -210,3 +213,25 @@ def test_autocast():
     assert {c.dtype for c in backend.ledger.compressed} == {"float32", "bfloat16"}
     assert backend.ledger.saved_bytes < 0.6 * backend.ledger.saved_bytes_exact
     assert measure.relative_error(found, exact) < 5e-4
+
+
+@pytest.mark.parametrize(
+    "op", FUSED_ATTENTION, ids=lambda op: op._schema.name.removeprefix("aten::_scaled_dot_product_")
+)
+def test_operands_of_fused_attention(op):
+    """q, k, v and the output of every kernel, and never a bias, which may hold -inf."""
+    graph = Graph()
+    kinds = {}
+
+    def given(name: str) -> Node:
+        node = graph.placeholder(name)
+        node.meta["val"] = torch.empty(2, 4, 16, 64, device="meta")
+        kinds[node] = Kind.GRADIENT if name.startswith("grad_out") else Kind.ACTIVATION
+        return node
+
+    reader = graph.call_function(op, tuple(given(a.name) for a in op._schema.arguments))
+    kinds[reader] = Kind.GRADIENT
+    assert find_factors(graph.nodes, kinds) == []
+    found = find_factors(graph.nodes, kinds, fused_attention=True)
+    assert [f.operand.name for f in found] == ["query", "key", "value", "out"]
+    assert {f.reader for f in found} == {reader}
