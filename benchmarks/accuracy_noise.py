@@ -43,7 +43,8 @@ def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()
     task = Task.of("paper", seed, args)
     norms = SampleNorms(examples=task.examples)
-    train_model(task, Backend(ratio=0.3, inner=args.inner, **{**PAPER, "norms": norms}), seed, 1.0, args)
+    options: dict[str, Any] = {**PAPER, "ratio": 0.3, "inner": args.inner, "norms": norms}
+    train_model(task, Backend(**options), seed, 1.0, args)
     order = torch.randperm(task.examples, generator=torch.Generator().manual_seed(seed + 1))
     batches = order[: BATCHES * args.batch_size].view(BATCHES, args.batch_size)
     found = {}
