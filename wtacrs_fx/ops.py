@@ -92,7 +92,7 @@ def _(seed: Tensor, stream: int) -> Tensor:
 
 @torch.library.custom_op("wtacrs::stream_keys", mutates_args=())
 def stream_keys(seed: Tensor, streams: list[int]) -> list[Tensor]:
-    """``stream_key`` of every stream, on CPU in the time of three of them (29 took 1.7 ms one by one, and take 0.17)."""
+    """``stream_key`` of every stream: one operation takes 0.2 ms on CPU, as long as for one of them."""
     if has_triton(seed.device):
         from wtacrs_fx import select_kernel
 
