@@ -1,6 +1,4 @@
-"""Seeds of dropout masks, and keys of roundings: fewer operations and fewer kernels for the same numbers.
-
-:func:`split_seeds` gives every seed a tensor of its own, so that layers share their kernels.
+"""Give every seed a tensor of its own, so that layers share their kernels.
 
 Inductor draws all seeds of a graph at once. On CPU a kernel that draws a dropout mask has the position of its seed written
 into its code, so that every layer's kernel is generated and compiled anew (on CUDA the position is an argument). Read from
@@ -17,19 +15,6 @@ After (the same number)::
     parts: "(i64[1], ...)" = wtacrs.split_seeds(seeds)
     part: "i64[1]" = parts[7]
     seed: "i64[]" = prims.inductor_lookup_seed(part, 0)
-
-:func:`join_keys` computes the keys of all streams of a seed at once.
-
-Before::
-
-    key: "i32[2]" = wtacrs.stream_key(seed, 3)
-    key_1: "i32[2]" = wtacrs.stream_key(seed, 4)
-
-After::
-
-    keys: "(i32[2], ...)" = wtacrs.stream_keys(seed, [3, 4])
-    key: "i32[2]" = keys[0]
-    key_1: "i32[2]" = keys[1]
 """
 
 import operator
@@ -57,23 +42,4 @@ def split_seeds(graph: Graph) -> int:
             with graph.inserting_before(lookup):
                 part = Emitter(graph, seeds)(operator.getitem, parts, lookup.args[1])
             lookup.args = (part, 0)
-    return sum(map(len, several.values()))
-
-
-def join_keys(graph: Graph) -> int:
-    """Join the keys that are made of one seed. Returns how many; a lone key is left as it is."""
-    made: dict[Node, list[Node]] = {}
-    for key in graph.find_nodes(op="call_function", target=wtacrs.stream_key.default):
-        seed = key.args[0]
-        assert isinstance(seed, Node)
-        made.setdefault(seed, []).append(key)
-    several = {seed: found for seed, found in made.items() if len(found) > 1}
-    for seed, found in several.items():
-        with graph.inserting_before(found[0]):  # in graph order
-            emit = Emitter(graph, found[0])
-            keys = emit(wtacrs.stream_keys.default, seed, [key.args[1] for key in found])
-            parts = [emit(operator.getitem, keys, i) for i in range(len(found))]
-        for key, part in zip(found, parts):
-            key.replace_all_uses_with(part)
-            graph.erase_node(key)
     return sum(map(len, several.values()))

@@ -32,7 +32,7 @@ from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retr
 from wtacrs_fx.passes.recompute import protect_draws, protect_readers_of_mutated, recompute, take_user_regions
 from wtacrs_fx.passes.round import Rounding, round_factors
 from wtacrs_fx.passes.sample import Sampled, sample
-from wtacrs_fx.passes.seeds import join_keys, split_seeds
+from wtacrs_fx.passes.seeds import split_seeds
 from wtacrs_fx.passes.sever import Severed, saved_tensors
 from wtacrs_fx.passes.sites import CONTRACTIONS, Site, find_sites, gradient_outputs
 from wtacrs_fx.passes.unfold import unfold_late_sums
@@ -152,8 +152,6 @@ class Work:
                 draw_masks(module.graph)
             with watch("split_seeds", module.graph, self.config.verbose):
                 split_seeds(module.graph)
-            with watch("join_keys", module.graph, self.config.verbose):
-                join_keys(module.graph)
             module.recompile()  # once for all changes
 
     def settle_sites(self) -> None:

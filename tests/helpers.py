@@ -150,13 +150,3 @@ class Moments:
 def calls(graph_module: GraphModule, target: Any) -> int:
     """How many nodes call ``target``."""
     return len(graph_module.graph.find_nodes(op="call_function", target=target))
-
-
-def keys(graph_module: GraphModule) -> int:
-    """How many roundings have a key: each has one of its own."""
-    wtacrs = torch.ops.wtacrs
-    joined = graph_module.graph.find_nodes(op="call_function", target=wtacrs.stream_keys.default)
-    streams = [stream for node in joined for stream in node.args[1]]
-    streams += [n.args[1] for n in graph_module.graph.find_nodes(op="call_function", target=wtacrs.stream_key.default)]
-    assert len(set(streams)) == len(streams)
-    return len(streams)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from wtacrs_fx import Backend, Ledger, WtacrsWarning, measure
 
-from helpers import Moments, Recorder, Transformer, calls, gradients, keys, transformer_batch
+from helpers import Moments, Recorder, Transformer, calls, gradients, transformer_batch
 
 aten, wtacrs = torch.ops.aten, torch.ops.wtacrs
 ROUNDED = {"ratio": 1.0, "min_bytes": 0, "min_rows": 1, "memory_budget": None, "inner": "eager"}
@@ -79,8 +79,8 @@ def test_kinds_of_sites(kind):
     assert torch.equal(compiled(x), forward)
     lines = recorder.ledger.compressed
     assert any(line.bits > 1 for line in lines), recorder.ledger.table()
-    assert keys(recorder.forward[0]) == sum(c.bits > 1 for c in lines)
-    assert keys(recorder.backward[0]) == 0
+    assert calls(recorder.forward[0], wtacrs.stream_key.default) == sum(c.bits > 1 for c in lines)
+    assert calls(recorder.backward[0], wtacrs.stream_key.default) == 0
     before, now = (n - x.nbytes for n in (recorder.ledger.saved_bytes_exact, recorder.ledger.saved_bytes))  # x is saved
     assert now < 0.5 * before, recorder.ledger.table()
     moments, along = Moments(), {name: [] for name in exact}

@@ -15,7 +15,7 @@ from wtacrs_fx.passes.invariants import check_partition
 from wtacrs_fx.passes.policy import Action, Decision
 from wtacrs_fx.rounding import Format
 
-from helpers import SMALL, Moments, Recorder, Transformer, calls, gradients, keys, transformer_batch
+from helpers import SMALL, Moments, Recorder, Transformer, calls, gradients, transformer_batch
 
 wtacrs = torch.ops.wtacrs
 EARLY = {**SMALL, "late": "exact", "inner": "eager", "exclude": ()}
@@ -185,8 +185,8 @@ def test_ledger_and_graphs(bits, share):
     assert second.bytes_now == 0
     assert f"{kept}/64 in {bits} bits" in recorder.ledger.table()
     assert f"in {bits} bits" in recorder.ledger.table("tensor")
-    assert keys(recorder.forward[0]) == 1
-    assert keys(recorder.backward[0]) == 0
+    assert calls(recorder.forward[0], wtacrs.stream_key.default) == 1
+    assert calls(recorder.backward[0], wtacrs.stream_key.default) == 0
     assert Ledger.from_dict(recorder.ledger.to_dict()) == recorder.ledger
 
 

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import wtacrs_fx
 from wtacrs_fx.inductor import known_results
-from wtacrs_fx.passes.seeds import join_keys, split_seeds
+from wtacrs_fx.passes.seeds import split_seeds
 
 from helpers import calls, gradients
 
@@ -120,32 +120,3 @@ def test_known_results_end_with_an_error():
     with contextlib.suppress(KeyError), known_results():
         raise KeyError
     assert sizevars.stride_at_vec_range is function
-
-
-def keys_of(f, *seeds: torch.Tensor) -> tuple[GraphModule, int]:
-    module = make_fx(f, tracing_mode="fake")(*seeds)
-    count = join_keys(module.graph)
-    module.graph.lint()
-    module.recompile()
-    return module, count
-
-
-def test_keys_of_one_seed_are_joined():
-    """The same numbers; a seed of another device, or of another graph, is another."""
-
-    def f(a, b):
-        return wtacrs.stream_key(a, 3) + 1, wtacrs.stream_key(b, 3), wtacrs.stream_key(b, 4), wtacrs.stream_key(a, 0)
-
-    a, b = torch.tensor([5]), torch.tensor([6])
-    module, count = keys_of(f, a, b)
-    assert count == 4
-    assert calls(module, wtacrs.stream_key.default) == 0
-    assert calls(module, wtacrs.stream_keys.default) == 2
-    assert all(torch.equal(x, y) for x, y in zip(module(a, b), f(a, b), strict=True))
-
-
-def test_a_lone_key_is_left():
-    module, count = keys_of(lambda a: wtacrs.stream_key(a, 3) + 1, torch.tensor([5]))
-    assert count == 0
-    assert calls(module, wtacrs.stream_key.default) == 1
-    assert keys_of(lambda a: a + 1, torch.tensor([5]))[1] == 0

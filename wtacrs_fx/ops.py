@@ -90,21 +90,6 @@ def _(seed: Tensor, stream: int) -> Tensor:
     return seed.new_empty((2,), dtype=torch.int32)
 
 
-@torch.library.custom_op("wtacrs::stream_keys", mutates_args=())
-def stream_keys(seed: Tensor, streams: list[int]) -> list[Tensor]:
-    """``stream_key`` of every stream: one operation takes 0.2 ms on CPU, as long as for one of them."""
-    if has_triton(seed.device):
-        from wtacrs_fx import select_kernel
-
-        return [select_kernel.key(seed, 4 * stream) for stream in streams]
-    return rng.keys(seed, [4 * stream for stream in streams])
-
-
-@stream_keys.register_fake
-def _(seed: Tensor, streams: list[int]) -> list[Tensor]:
-    return [seed.new_empty((2,), dtype=torch.int32) for _ in streams]
-
-
 @torch.library.custom_op("wtacrs::split_seeds", mutates_args=())
 def split_seeds(seeds: Tensor) -> list[Tensor]:
     """Every number of int64 [n] as a tensor [1] of its own."""

@@ -87,20 +87,8 @@ def split(seed: Tensor, n: int) -> Tensor:
 
 def key(seed: Tensor, stream: int) -> Tensor:
     """int32 [2], the start of a stream for a generator with a key of two words. Args as for :func:`uniform`."""
-    return _words(_start(seed, stream))[0]
-
-
-def keys(seed: Tensor, streams: Sequence[int]) -> list[Tensor]:
-    """The keys of several streams, int32 [2] each; on CPU in as many operations as one takes."""
-    if seed.device.type != "cpu":  # (numbers of the host would have to be copied)
-        return [key(seed, stream) for stream in streams]
-    offsets = torch.tensor([_signed(mix_host(stream)) for stream in streams])
-    return [words.clone() for words in _words(_mix(seed + offsets))]
-
-
-def _words(start: Tensor) -> Tensor:
-    """int64 [n] in two words each, int32 [n, 2]."""
-    words = torch.stack([start, _shift(start, 32)], 1) & (2**32 - 1)
+    start = _start(seed, stream)
+    words = torch.cat([start, _shift(start, 32)]) & (2**32 - 1)
     return ((words ^ 2**31) - 2**31).to(torch.int32)
 
 
