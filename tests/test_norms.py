@@ -237,6 +237,21 @@ def test_a_cache_larger_than_memory_is_refused_before_it_is_made():
     assert source.bytes == 0
 
 
+def test_a_batch_that_is_refused_leaves_the_cache_as_it_was():
+    """One wrong id asks for a table of all examples below it; the batch after it does not."""
+    source = SampleNorms(host_memory="1MB")
+    for ids in ((3,), (10**9,), (5,)):
+        source.begin(["a"], ids)
+        if ids == (10**9,):
+            with pytest.raises(MemoryError, match="the cache of 1000000001 examples at 1 sites"):
+                source.read("a", rows(2, 2, ids))
+            continue
+        source.read("a", rows(2, 2, ids))
+        source.record("a", rows(2, 2, ids), torch.full((2,), float(ids[0])))
+    assert source.size < 10
+    assert [float(source.read("a", rows(2, 2, (i,)))[0]) for i in (3, 5)] == [3, 5]
+
+
 def test_resizing_beyond_memory_is_refused_before_it_is_done():
     source = SampleNorms(examples=4, host_memory="1MB")
     source.begin(["a"], (3,))

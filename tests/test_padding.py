@@ -140,6 +140,28 @@ def test_check_reports_refused_sites():
     assert "padding='attention_mask' is refused" in found.table()
 
 
+class Broken(nn.Module):
+    """The mask is an input of the first graph only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x, attention_mask):
+        x = self.a(x * attention_mask[..., None]) * attention_mask[..., None]
+        torch._dynamo.graph_break()
+        return self.b(x.relu()).square().mean()
+
+
+def test_behind_a_graph_break_rows_are_sampled_like_others():
+    x, _, mask = masked_batch()
+    backend = Backend(padding="attention_mask", **EARLY)
+    with pytest.warns(WtacrsWarning, match="this graph has no such input, though one before it had"):
+        torch.compile(Broken(), backend=backend)(x, mask).backward()
+    assert [(s.partition(":")[0], v) for s, v in backend.padding.items()] == [("a", "zero")]
+    assert len(backend.ledgers) == 2
+
+
 def test_unknown_name_lists_the_arguments():
     model, batch = Masked(layers=1), masked_batch()
     compiled = torch.compile(model, backend=Backend(padding="mask", **EARLY))

@@ -1,13 +1,13 @@
 """``torch.compile(model, backend="wtacrs")``: options -> partitioner -> Inductor."""
 
-import fnmatch
 import functools
 import hashlib
 import importlib.metadata
 import sys
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,17 @@ from torch.fx import GraphModule
 from wtacrs_fx import sidecar
 from wtacrs_fx.adapt import Adaptive
 from wtacrs_fx.choose import Calibration
+from wtacrs_fx.complaints import complaints
 from wtacrs_fx.config import Config
 from wtacrs_fx.distributed import check_ranks, refuse_dtensors
 from wtacrs_fx.errors import WtacrsWarning
 from wtacrs_fx.inductor import compile_inductor, options_for, uncompiled
 from wtacrs_fx.ledger import Ledger
 from wtacrs_fx.measured import Measurement
-from wtacrs_fx.names import dynamo_names
+from wtacrs_fx.names import Argument, dynamo_names
 from wtacrs_fx.norm_state import RowState, with_rows
 from wtacrs_fx.norms import NormSource, make_source
 from wtacrs_fx.passes.partition import partition
-from wtacrs_fx.passes.policy import NO_RATIO
 from wtacrs_fx.private import TESTED, CustomPartitionerFn, functorch_config
 
 _ledgers: deque[Ledger] = deque(maxlen=256)
@@ -110,6 +110,7 @@ class Backend:
         """What was measured and chosen, graph by graph, with ``noise`` or ratio="auto"."""
         self.rows = row_state(self.config)
         self._by_model = False
+        self._had_padding = False
 
     @property
     def norms(self) -> NormSource | None:
@@ -158,9 +159,25 @@ class Backend:
                 compiled = with_rows(compiled, gm, names, self.rows, self._by_model, meter)
             return compiled, self.ledgers[-1] if len(self.ledgers) > made else None
 
-        if self.config.adapts:
-            return Adaptive(self.config, build, example_inputs, self.calibrations.append).callable()
-        return build(self.config, example_inputs)[0]
+        config = self._config_of(names)
+        if config.adapts:
+            return Adaptive(config, build, example_inputs, self.calibrations.append).callable()
+        return build(config, example_inputs)[0]
+
+    def _config_of(self, names: Sequence[str | None]) -> Config:
+        """The options for a graph with these inputs: without ``padding`` where an earlier graph had that argument and this one
+        has not, as behind a graph break or in a bucket of DDPOptimizer."""
+        has = self.config.padding in {name for name in names if isinstance(name, Argument)}
+        self._had_padding |= has
+        if has or not self._had_padding:
+            return self.config
+        warnings.warn(
+            f"wtacrs: padding={self.config.padding!r}: this graph has no such input, though one before it had, so its rows are "
+            "sampled like others. Behind a graph break only what is passed on by its name can be used.",
+            WtacrsWarning,
+            stacklevel=2,
+        )
+        return replace(self.config, padding=None)
 
     def _compiled(
         self, gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
@@ -218,64 +235,6 @@ def compile_eager(
         partition_fn=functools.partial(partition_fn, compiler="inductor"),
     )
     return compile_aot(gm, example_inputs)
-
-
-def complaints(ledger: Ledger, config: Config) -> list[str]:
-    """What differs from what was asked: ``include`` without a match, a graph in which nothing is sampled or rounded."""
-    names = sorted({e.module for e in ledger.entries})
-    messages = []
-    unmatched = [p for p in config.include if not fnmatch.filter(names, p)]
-    if names and unmatched:
-        shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-        messages.append(
-            f"wtacrs: include={unmatched!r} matches no linear layer of this graph, so nothing is sampled for it. "
-            f"Available names: {shown}."
-        )
-    unnamed = [e.module for e in ledger.entries if e.reason == NO_RATIO]
-    if unnamed:
-        messages.append(
-            f"wtacrs: ratio has no pattern for {', '.join(unnamed[:20])}{', ...' * (len(unnamed) > 20)}: they stay exact. Add "
-            "one, or '*' as the last."
-        )
-    if config.samples and ledger.count("exact") == len(ledger.entries):
-        reasons = Counter(e.reason.partition(" (")[0] for e in ledger.entries)
-        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "it has no weight-gradient product"
-        messages.append(
-            f"wtacrs: nothing is sampled in this graph, it trains exactly: {why}. "
-            "See the ledger; the options min_rows, min_bytes, include, exclude and late decide."
-        )
-    return [*messages, *_not_rounded(ledger, config)]
-
-
-def _not_rounded(ledger: Ledger, config: Config) -> list[str]:
-    """A graph in which nothing is rounded although that was asked for. (Under a budget ``round_bits`` is for what serves it,
-    and where rows are kept there may be no need to.)"""
-    if not config.rounds or ledger.rounded or ledger.sampled:
-        return []
-    if config.memory_budget is not None:
-        if not config.all_rows_in_bits:
-            return []
-        return [
-            f"wtacrs: row_bits={config.row_bits} with ratio=1: nothing is rounded in this graph, since memory_budget="
-            f"{config.memory_budget!r} is served without. memory_budget=None rounds all that can be; a ratio below 1 keeps few "
-            "rows."
-        ]
-    if any(isinstance(size, str) for t in ledger.tensors for size in t.shape):
-        return [
-            f"wtacrs: {config.bits_asked} has no effect in this graph, whose sizes are symbolic: only tensors are "
-            "rounded whose rows have a known size, a multiple of four. Keep sizes the same (drop a last, smaller batch; pad to "
-            "one length), or compile with dynamic=False, once for every size."
-        ]
-    if config.round_bits is None:
-        return [
-            f"wtacrs: row_bits={config.row_bits}: nothing is rounded in this graph. The options include, exclude, min_rows and "
-            "min_bytes decide, and whether the backward reads the layers' inputs for anything else (round_bits rounds them for "
-            "that)."
-        ]
-    return [
-        f"wtacrs: {config.bits_asked}: nothing is rounded in this graph. The options round_include, round_exclude, "
-        "round_fused_attention and min_bytes decide; float64 takes part with round_float64=True only."
-    ]
 
 
 def _check_budgets(config: Config) -> None:

@@ -49,7 +49,7 @@ class SampleNorms(NormSource):
         self.position = PositionNorms(rate)
         self.tables: dict[str, DeviceTable | HostTable] = {}
         self.loaded: frozenset[str] | None = None
-        self._needed = examples or 0
+        self._needed = self._before = examples or 0
         self._checked = 0
         self._expected: dict[str, int] = {}
 
@@ -72,6 +72,7 @@ class SampleNorms(NormSource):
                     f"sample_ids: {outside[:5]} out of range for {self.examples} examples (0 to {self.examples - 1}); "
                     "SampleNorms(examples=...) says how many there are, and resize() changes it."
                 )
+            self._before = self._needed
             if max(ids) >= self.size:
                 self._needed = max(max(ids) + 1, 2 * self._needed)  # (doubled, so that tables rarely grow)
             for site in sites:
@@ -83,9 +84,13 @@ class SampleNorms(NormSource):
         if not length:
             return usual
         if length > self._expected.get(site, 0) or self.size > self._checked:
-            self._expected[site] = max(length, self._expected.get(site, 0))
-            self._refuse_if_too_large(self.size, [n or length for n in self._expected.values()], rows.device)
-            self._checked = self.size
+            expected = {**self._expected, site: max(length, self._expected.get(site, 0))}
+            try:
+                self._refuse_if_too_large(self.size, [n or length for n in expected.values()], rows.device)
+            except MemoryError:
+                self._needed = self._before  # (another batch may fit)
+                raise
+            self._expected, self._checked = expected, self.size
         if site not in self.tables:
             return usual
         known = self._table(site, self.tables[site].width, rows.device).read(rows, length)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from wtacrs_fx.backend import complaints
+from wtacrs_fx.complaints import complaints
 from wtacrs_fx.config import Config
 from wtacrs_fx.config_checks import refuse_all_rows
 from wtacrs_fx.errors import WtacrsWarning
