@@ -81,7 +81,7 @@ def test_records_are_the_true_norms():
         torch.testing.assert_close(found[name], norms)
 
 
-@pytest.mark.parametrize("estimator", ["wta_crs", "systematic"])
+@pytest.mark.parametrize("estimator", ["crs", "wta_crs", "systematic"])
 def test_adversarial_norms_do_not_bias(estimator):
     model, batch = Heads(layers=1), transformer_batch()
     exact = gradients(model, *batch)
@@ -97,9 +97,9 @@ def test_adversarial_norms_do_not_bias(estimator):
         assert z.square().mean().sqrt() < 1.35, name
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("kind", ["position", "sample"])
-@pytest.mark.parametrize("estimator", ["crs", "systematic"])
+@pytest.mark.parametrize("estimator", ["crs", "wta_crs", "systematic"])
 def test_known_norms_do_not_bias(kind, estimator, bits):
     """Of kept rows as they are, and of rounded ones."""
     torch._dynamo.reset()
