@@ -63,11 +63,10 @@ LORA_LR = 10.0
 
 
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    args = parser.parse_args()
     if unknown := [a for a in args.arms if not known_arm(a)]:
-        arguments(__doc__).error(
-            f"--arms {unknown[0]}: expected {', '.join(ARMS)}, one of these with -lora, or micro-N"
-        )
+        parser.error(f"--arms {unknown[0]}: expected {', '.join(ARMS)}, one of these with -lora, or micro-N")
     folder = args.out / "accuracy"
     folder.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:

@@ -12,6 +12,7 @@ One JSON file per data set under ``accuracy_noise/``, and a table of all of them
 
 import argparse
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def share_of_noise(task: Task, batches: Tensor, ratio: float, config: Config) -> float:
     """Added variance of the weight gradients over the batch's own, both summed over layers and batches."""
 
-    def given() -> Any:
+    def given() -> Iterator[dict[str, Tensor]]:
         for ids in batches:
             with sample_ids(ids):
                 yield task.rows(ids)

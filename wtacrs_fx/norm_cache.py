@@ -49,7 +49,7 @@ class SampleNorms(NormSource):
         self.position = PositionNorms(rate)
         self.tables: dict[str, DeviceTable | HostTable] = {}
         self.loaded: frozenset[str] | None = None
-        self._needed = self._before = examples or 0
+        self._needed = examples or 0
         self._checked = 0
         self._expected: dict[str, int] = {}
 
@@ -72,7 +72,6 @@ class SampleNorms(NormSource):
                     f"sample_ids: {outside[:5]} out of range for {self.examples} examples (0 to {self.examples - 1}); "
                     "SampleNorms(examples=...) says how many there are, and resize() changes it."
                 )
-            self._before = self._needed
             if max(ids) >= self.size:
                 self._needed = max(max(ids) + 1, 2 * self._needed)  # (doubled, so that tables rarely grow)
             for site in sites:
@@ -88,7 +87,8 @@ class SampleNorms(NormSource):
             try:
                 self._refuse_if_too_large(self.size, [n or length for n in expected.values()], rows.device)
             except MemoryError:
-                self._needed = self._before  # (another batch may fit)
+                self._needed = max((t.examples for t in self.tables.values()), default=0)  # (another batch may fit)
+                self._checked = min(self._checked, self._needed)
                 raise
             self._expected, self._checked = expected, self.size
         if site not in self.tables:
