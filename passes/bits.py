@@ -83,7 +83,7 @@ def rows_or_bits(plan: Sequence[Decision], config: Config) -> list[Decision]:
     new = []
     for d in plan:
         kept = (d.form.bits if d.form else 8 * d.site.activation.value.dtype.itemsize) * d.ratio
-        rounded = _bits(d.site.module, config)
+        rounded = bits_asked(d.site.module, config)
         cheaper = d.action is Action.EARLY and rounded is not None and rounded < kept and config.late == "sample"
         new.append(d.to(Action.LATE, "") if cheaper else d)
     return new
@@ -108,7 +108,7 @@ def decide_roundings(
     result = []
     for s in shared:
         asked = {
-            f: rows.get(f.reader) or _bits(module_of(f.reader), config) for f in s.factors if f.reader not in early
+            f: rows.get(f.reader) or bits_asked(module_of(f.reader), config) for f in s.factors if f.reader not in early
         }
         bits = {f: b for f, b in asked.items() if b}
         if not bits:
@@ -175,7 +175,12 @@ def name_bits(plan: Sequence[Decision], roundings: Sequence[Rounding]) -> list[D
     return [replace(d, reason=f"input kept in {bits[d.site.node]} bits") if d.site.node in bits else d for d in plan]
 
 
-def _bits(module: str, config: Config) -> int | None:
+def rounds_for(reader: Node, config: Config) -> bool:
+    """Whether what the node reads in the backward is to be rounded."""
+    return bits_asked(module_of(reader), config) is not None
+
+
+def bits_asked(module: str, config: Config) -> int | None:
     """That the options ask for where a module's backward reads. None: what it reads stays exact."""
     if any(fnmatch.fnmatchcase(module, p) for p in config.round_exclude):
         return None

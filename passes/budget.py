@@ -16,8 +16,10 @@ from wtacrs_fx.ledger import Part, Prediction
 from wtacrs_fx.passes.cost import Roofline, flops, roofline
 from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.liveness import MemoryOptions, Timeline, module_timeline
+from wtacrs_fx.passes.pack import find_masks, packed_bytes
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import CLOSE, Plan, quietest
+from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.saved import storage
 from wtacrs_fx.passes.segments import find_segments
 from wtacrs_fx.passes.sever import is_saved, saved_tensors
@@ -53,10 +55,15 @@ def memory_options(config: Config, *, ordered: bool = False, sampled: bool = Fal
 
 
 def predict(
-    partition: Partition, num_fwd_outputs: int, weights: Collection[str], options: MemoryOptions, device: Roofline
+    partition: Partition,
+    num_fwd_outputs: int,
+    weights: Collection[str],
+    options: MemoryOptions,
+    device: Roofline,
+    packs: int | None = None,
 ) -> Prediction:
-    """Peak, time and FLOPs of a partition, from its two graphs."""
-    facts = Facts()
+    """Peak, time and FLOPs of a partition, from its two graphs. ``packs``: masks of at least so many bytes will be packed."""
+    facts = facts_of(partition, num_fwd_outputs, packs)
     forward, backward = _timelines(partition, num_fwd_outputs, weights, options, facts)
     return Prediction(
         peak=max(forward.peak, backward.activation_peak),
@@ -66,10 +73,24 @@ def predict(
     )
 
 
-def peak_place(partition: Partition, num_fwd_outputs: int, weights: Collection[str], options: MemoryOptions) -> str:
+def facts_of(partition: Partition, num_fwd_outputs: int, packs: int | None) -> Facts:
+    """About the nodes of both graphs, with masks of at least ``packs`` bytes in bits."""
+    masks = find_masks(partition, num_fwd_outputs, packs) if packs is not None else ()
+    sizes = {view_base(n): packed_bytes(mask) for mask, given in masks for n in (mask, given)}
+    return Facts().resized(sizes) if sizes else Facts()
+
+
+def peak_place(
+    partition: Partition,
+    num_fwd_outputs: int,
+    weights: Collection[str],
+    options: MemoryOptions,
+    packs: int | None = None,
+) -> str:
     """Where the peak of :func:`predict` is, in words: "in the backward of blocks.1.up"."""
     places = []
-    for line, half in zip(_timelines(partition, num_fwd_outputs, weights, options, Facts()), ("forward", "backward")):
+    facts = facts_of(partition, num_fwd_outputs, packs)
+    for line, half in zip(_timelines(partition, num_fwd_outputs, weights, options, facts), ("forward", "backward")):
         for kernel, live, gradients in zip(line.kernels, line.live, line.resident):
             places.append((live - gradients, module_of(kernel.node), half))
     _, name, half = max(places, key=lambda place: place[0], default=(0, "", "forward"))
@@ -132,6 +153,7 @@ def make_planner(
     device: Roofline,
     options: Callable[[bool], MemoryOptions],
     relaid: Collection[str] = (),
+    packs: int | None = None,
 ) -> Planner:
     """A planner for a joint graph.
 
@@ -141,7 +163,7 @@ def make_planner(
         weights: names of the parameters and buffers.
         fixed: names of the nodes that are recomputed in any case.
         device: for predicting times.
-        options: as for :class:`Planner`.
+        options, packs: as for :class:`Planner`.
         relaid: names of those weights that the backward reads as copies.
     """
     weight_nodes = [n for n in primals(uncut.graph) if n.name in weights]
@@ -154,6 +176,7 @@ def make_planner(
         device,
         [n for n in uncut.graph.nodes if n.name in fixed],
         options,
+        packs,
     )
 
 

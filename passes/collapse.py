@@ -18,7 +18,7 @@ as a choice of one (softplus): ``where(mask, g, (g * b) / c)`` becomes ``g * whe
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -60,9 +60,23 @@ class Scaled:
     factors: int = 0
 
 
-def collapse(graph: Graph, kinds: dict[Node, Kind], types: Sequence[torch.dtype] = NARROW) -> int:
+def collapse(
+    graph: Graph,
+    kinds: dict[Node, Kind],
+    types: Sequence[torch.dtype] = NARROW,
+    admitted: Collection[Node] | None = None,
+) -> int:
     """Rewrite every gradient that is another one times several large activations, and that is read by something else than
-    such a product. Returns how many; ``kinds`` is kept up to date. Tensors of other than these types are left alone."""
+    such a product.
+
+    Args:
+        graph: joint graph.
+        kinds: of its nodes; kept up to date.
+        types: tensors of others are left alone.
+        admitted: gradients that may be rewritten, since what they are products with is to be rounded; None: all.
+
+    Returns: how many were rewritten.
+    """
     scaled: dict[Node, Scaled] = {}
     for node in graph.nodes:
         if kinds.get(node) is Kind.GRADIENT:
@@ -70,7 +84,7 @@ def collapse(graph: Graph, kinds: dict[Node, Kind], types: Sequence[torch.dtype]
     count = 0
     for node, form in scaled.items():
         inside = [u for u in node.users if u in scaled and scaled[u].root is form.root]
-        if form.factors < 2 or len(inside) == len(node.users):
+        if form.factors < 2 or len(inside) == len(node.users) or not (admitted is None or node in admitted):
             continue
         with graph.inserting_before(node):
             product = _product(Emitter(graph, node), form, node.meta["val"].dtype, kinds)

@@ -27,6 +27,10 @@ from wtacrs_fx.private import OpOverload, inductor_config
 aten, prims = torch.ops.aten, torch.ops.prims
 DRAWN = (prims.inductor_random.default, torch.ops.wtacrs.drawn_mask.default)
 
+DRAW_BYTES = 8
+"""To draw a random number takes as long as to move so many bytes: 1.3 ns on a core in all (in vectors, see
+:mod:`wtacrs_fx.drawn`)."""
+
 REDUCTIONS = frozenset((
     aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default,
     aten.var_mean.correction, aten.var.correction, aten.argmax.default, aten.any.default, aten.any.dim, aten.prod.dim_int,
@@ -122,6 +126,12 @@ class Facts:
         other.bytes = lambda node: sizes[node] if node in sizes else self.bytes(node)  # type: ignore[assignment]
         return other
 
+    def sharing(self, same: Mapping[Node, Node]) -> "Facts":
+        """The same, but for inputs that lie in the memory of others."""
+        other = Facts(same)
+        other.bytes = self.bytes
+        return other
+
     def nothing_costly(self) -> "Facts":
         """The same, as if Inductor computed everything again for every reader."""
         other = copy.copy(self)
@@ -131,6 +141,8 @@ class Facts:
     def seconds(self, kernel: Kernel, roofline: Roofline) -> float:
         """Predicted run time of a kernel."""
         moved = kernel.size + sum(map(self.bytes, kernel.reads))
+        if kernel.node.target in DRAWN:
+            moved += DRAW_BYTES * hint(kernel.node.meta["val"].numel())
         return roofline.seconds(self.flops(kernel.node), moved, launches(kernel.node))
 
 

@@ -206,7 +206,7 @@ def module_timeline(
     same = {n: first.setdefault(storage(n), n) for n in inputs if is_tensor(n)}
     given = {same.get(n, n) for n in inputs}
     if len(given) < len(inputs):
-        facts = Facts(same)
+        facts = facts.sharing(same)
     returned = {facts.base(n) for n in outputs}
     ours, theirs = ({n for n in given if n.name in names} for names in (donated, visible))
     return timeline(nodes, given, returned, returned if backward else (), facts, options, ours, theirs)

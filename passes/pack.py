@@ -51,21 +51,13 @@ def pack_masks(forward: GraphModule, backward: GraphModule, num_fwd_outputs: int
 
     Returns: one entry per mask. Without any, the graphs are as they were.
     """
-    outputs = graph_outputs(forward.graph)
-    returned = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
-    bases = [view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)]
-    placeholders = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
-    done = []
-    for i, mask in enumerate(outputs):
-        if i < num_fwd_outputs or not isinstance(mask, Node) or not _is_dense_mask(mask, min_bytes):
-            continue
-        base = view_base(mask)
-        if base.op != "placeholder" and base not in returned and bases.count(base) == 1 and mask.name in placeholders:
-            hoist(mask)
-            outputs[i] = _pack(forward.graph, mask)
-            given = placeholders[mask.name]
-            done.append(Packed(mask, outputs[i], tuple(given.users)))
-            _unpack(backward.graph, given, mask, outputs[i])
+    outputs, done = graph_outputs(forward.graph), []
+    for mask, given in find_masks((forward, backward), num_fwd_outputs, min_bytes):
+        hoist(mask)
+        packed = _pack(forward.graph, mask)
+        outputs[outputs.index(mask)] = packed
+        done.append(Packed(mask, packed, tuple(given.users)))
+        _unpack(backward.graph, given, mask, packed)
     if done:
         forward.graph.output_node().args = (tuple(outputs),)
         for module in (forward, backward):
@@ -73,7 +65,31 @@ def pack_masks(forward: GraphModule, backward: GraphModule, num_fwd_outputs: int
     return done
 
 
-def _is_dense_mask(node: Node, min_bytes: int) -> bool:
+def find_masks(
+    partition: tuple[GraphModule, GraphModule], num_fwd_outputs: int, min_bytes: int
+) -> list[tuple[Node, Node]]:
+    """Decide: the masks of a partition that are packed, each in the forward and in the backward."""
+    forward, backward = (g.graph for g in partition)
+    outputs = graph_outputs(forward)
+    returned = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
+    bases = [view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)]
+    placeholders = {n.name: n for n in backward.find_nodes(op="placeholder")}
+
+    def alone(mask: Node) -> bool:
+        base = view_base(mask)
+        return base.op != "placeholder" and base not in returned and bases.count(base) == 1
+
+    masks = [v for v in outputs[num_fwd_outputs:] if isinstance(v, Node) and is_dense_mask(v, min_bytes)]
+    return [(m, placeholders[m.name]) for m in masks if m.name in placeholders and alone(m)]
+
+
+def packed_bytes(mask: Node) -> int:
+    """Of a mask in bits."""
+    return -(-hint(mask.meta["val"].numel()) // 8)
+
+
+def is_dense_mask(node: Node, min_bytes: int) -> bool:
+    """Whether the node is a mask that can be packed: of at least so many bytes, with all of its storage its own."""
     if not is_tensor(node) or node.meta["val"].dtype is not torch.bool:
         return False
     value = node.meta["val"]

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
-from wtacrs_fx.passes.joint_graph import cutter
+from wtacrs_fx.passes.joint_graph import copy_joint, cutter
 from wtacrs_fx.passes.kinds import is_tangent
 from wtacrs_fx.passes.meet_budget import meet_budget
 from wtacrs_fx.passes.plans import Plan
@@ -39,7 +39,8 @@ def partition(
     now needs inputs at their kept rows only, and most can be computed from tensors saved for something else. Then it is
     decided what is recomputed (``memory_budget``, and the user's own checkpoint regions). Inputs that the cut saves for
     nothing but their own site become early sites, whose kept rows are smaller, and the graph is cut again. (A last cut
-    is needed only if the backward turns out to hold such an input all the same.)
+    is needed only if the backward turns out to hold such an input all the same.) Where nothing is rounded in the end, all
+    this is done again on a graph in which no products were formed for it.
 
     Args:
         joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, kwargs: as AOTAutograd gives them to
@@ -63,8 +64,13 @@ def partition(
             module.recompile()
         return (*exact, None)
     with many_graphs():
-        work = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
+        untouched = copy_joint(joint)[0] if config.rounds else joint
+        arguments = num_fwd_outputs, cut, config, names, static_lifetime_input_indices
+        work = Work.prepare(joint, *arguments)
         work.run()
+        if work.collapsed and not work.roundings:  # nothing is gained by products in another order
+            work = Work.prepare(untouched, *arguments, collapses=False)
+            work.run()
     if not work.sites and not work.has_products:
         return (*work.best, None)
     return (*work.best, ledger_of(work))

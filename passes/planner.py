@@ -2,9 +2,9 @@
 time.
 
 Choices per segment: keep what the partition without recomputation saves; or keep it in few bits, where it can be rounded;
-or save only what the segment before hands on, and perhaps the results of some of its own matrix products, and compute the
-rest again just in time. The backward of segment s runs while the tensors of all segments before it are held, so choices o_s
-fit a peak B if
+in both cases hold random numbers (dropout masks, as bits), or draw them again from their seeds; or save only what the segment
+before hands on, and perhaps the results of some of its own matrix products, and compute the rest again just in time. The
+backward of segment s runs while the tensors of all segments before it are held, so choices o_s fit a peak B if
 
     sum over j < s of held(j, o_j) + working(s, o_s) <= B    for every s,
 
@@ -25,11 +25,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.bits import Substitute, paying
+from wtacrs_fx.passes.choices import draw_again, in_few_bits, keep_or_recompute
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts
-from wtacrs_fx.passes.kinds import draws, is_drawn_mask, runs_once
 from wtacrs_fx.passes.liveness import AT_ONCE, DEFAULT, MemoryOptions, Timeline, timeline
-from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, quietest, results_of
+from wtacrs_fx.passes.pack import is_dense_mask, packed_bytes
+from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, quietest
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import JointOrder
 from wtacrs_fx.passes.segments import Segment, forward_nodes, merge
@@ -65,6 +66,7 @@ class Planner:
         roofline: of the device.
         fixed: nodes that are recomputed in every plan (regions that the user marked).
         options: what the compiler does about memory, in plans that recompute or round something (True) and in others.
+        packs: masks of at least so many bytes are held as bits; None: as they are.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class Planner:
         roofline: Roofline,
         fixed: Collection[Node] = (),
         options: Callable[[bool], MemoryOptions] = lambda ordered: AT_ONCE if ordered else DEFAULT,
+        packs: int | None = None,
     ) -> None:
+        self.packs = packs
         self.graph, self.num_fwd_outputs, self.segments, self.roofline = graph, num_fwd_outputs, segments, roofline
         self.weights, self.fixed, self.options = set(weights), set(fixed), options
         self.saved = {view_base(n) for n in saved}
@@ -90,7 +94,7 @@ class Planner:
         self.substitutes: dict[Node, list[Substitute]] = {}
         self._tables: dict[int, Table] = {}
         self._pool: list[Plan] = []
-        self._kept: dict[frozenset[Substitute], Run] = {}
+        self._kept: dict[frozenset[object], Run] = {}
         self._open: list[int] = []
 
     def rounding(self, substitutes: Iterable[Substitute]) -> "Planner":
@@ -115,13 +119,13 @@ class Planner:
 
     def _judge(self, choices: Sequence[Choice], run: Run) -> Plan:
         line, given, again, facts = run
-        forward, forward_peak = self._forward(choices, given)
+        forward, forward_peak = self._forward(choices, given, facts)
         seconds = line.seconds(self.roofline, facts) + forward.seconds(self.roofline, self.facts)
         seconds += sum(map(self._rounding_seconds, choices))
         held = sum(map(facts.bytes, given))
         return Plan(tuple(choices), max(line.activation_peak, forward_peak), seconds, held, frozenset(again))
 
-    def _forward(self, choices: Sequence[Choice], given: Collection[Node]) -> tuple[Timeline, int]:
+    def _forward(self, choices: Sequence[Choice], given: Collection[Node], facts: Facts) -> tuple[Timeline, int]:
         """The forward's timeline, and its peak: with the codes of each rounded tensor from where it is made, and the tensor
         itself until its last reader there."""
         codes = {s.tensor: self.position[n] for n, found in self.substitutes.items() for s in found}
@@ -129,7 +133,7 @@ class Planner:
         whole = handed_on(choices) | {view_base(n) for c in choices for n in c.kept}
         gone = {view_base(s.tensor) for c in choices for s in c.rounded} - whole
         returned = self.outputs | (set(given) - gone)
-        line = timeline(self.forward, (), returned, facts=self.facts, options=self._options(choices))
+        line = timeline(self.forward, (), returned, facts=facts, options=self._options(choices))
         live = [
             live + sum(size for place, size in made if place <= self.position[kernel.node])
             for kernel, live in zip(line.kernels, line.live)
@@ -187,46 +191,15 @@ class Planner:
                 targets[size] -= plan.peak - peak
                 found[size] = combine(self.table(size), targets[size])
 
-    def choices(self, segment: Segment) -> list[Choice]:
-        """Keep; recompute all; recompute all but the tensors that save most time per byte, one kind more at a time."""
-        inside = frozenset(
-            n
-            for n in segment.nodes
-            if n not in segment.handed_on and not draws(n) and not is_drawn_mask(n) and not runs_once(n)
-        )
-        result = [Choice(segment), Choice(segment, inside)]
-        kept: tuple[Node, ...] = ()
-        for tensors in self._worth_keeping(segment):
-            kept += tensors
-            inside -= {n for t in tensors for n in (t, *t.args[:1]) if n is t or t.target is operator.getitem}
-            result.append(Choice(segment, inside, kept))
-        return result
-
-    def _worth_keeping(self, segment: Segment) -> list[tuple[Node, ...]]:
-        """What matrix products of the segment return, those with equal value (repeated layers) together. In place of the
-        last one before an inner boundary the boundary itself: the same bytes, and nothing behind it has to be computed
-        again from farther back."""
-        inside = set(segment.nodes)
-        found: dict[float, tuple[Node, ...]] = {}
-        for part in self.segments:
-            products = [n for n in part.nodes if n in inside and self.facts.flops(n)]
-            for product in products:
-                tensors = tuple(part.handed_on) if product is products[-1] else results_of(product)
-                tensors = tuple(t for t in tensors if t not in segment.handed_on and not draws(t))
-                size = sum(map(self.facts.bytes, tensors))
-                if size:
-                    value = round(self.facts.flops(product) / size, 3)
-                    found[value] = found.get(value, ()) + tensors
-        return [found[value] for value in sorted(found, reverse=True)]
-
     def table(self, size: int) -> Table:
         """Per segment of ``size`` merged ones its choices with their costs, from simulations in which all choose alike. These
         are plans too."""
         if size not in self._tables:
-            options = [self.choices(s) for s in merge(self.segments, size)]
+            options = [keep_or_recompute(s, self.segments, self.facts) for s in merge(self.segments, size)]
             alike = [[o[min(level, len(o) - 1)] for o in options] for level in range(max(map(len, options)))]
-            if self.substitutes:
-                alike.append([self._rounded(o[0]) for o in options])
+            rounded = [in_few_bits(kept, self.substitutes) for kept in alike[0]]
+            redrawn = [[draw_again(c, self.saved) for c in kept] for kept in (alike[0], rounded)]
+            alike += [a for a in (rounded, *redrawn) if any(c.changes for c in a)]
             table: Table = [[] for _ in options]
             for uniform in alike:
                 run = self._uniform(uniform)
@@ -243,15 +216,10 @@ class Planner:
         is recomputed it is the same for every granularity."""
         if any(c.recomputed for c in choices):
             return self._run(choices, AT_ONCE)
-        rounded = frozenset(s for c in choices for s in c.rounded)
-        if rounded not in self._kept:
-            self._kept[rounded] = self._run(choices, AT_ONCE)
-        return self._kept[rounded]
-
-    def _rounded(self, keep: Choice) -> Choice:
-        """What is kept in few bits, where it can be; the same choice where nothing can."""
-        found = tuple(s for n in keep.segment.nodes for s in self.substitutes.get(n, ()))
-        return Choice(keep.segment, rounded=found) if found else keep
+        key = frozenset(x for c in choices for x in (*c.rounded, *c.redrawn))
+        if key not in self._kept:
+            self._kept[key] = self._run(choices, AT_ONCE)
+        return self._kept[key]
 
     def _rounding_seconds(self, choice: Choice) -> float:
         """Time of rounding: each tensor is read for its range and once more for its codes."""
@@ -259,10 +227,10 @@ class Planner:
         return self.roofline.seconds(0, moved)
 
     def _options(self, choices: Iterable[Choice]) -> MemoryOptions:
-        return self.options(bool(self.fixed) or any(c.recomputed or c.rounded for c in choices))
+        return self.options(bool(self.fixed) or any(c.changes for c in choices))
 
     def _run(self, choices: Sequence[Choice], options: MemoryOptions) -> Run:
-        recomputed = self.fixed.union(*(c.recomputed for c in choices))
+        recomputed = self.fixed.union(*(c.recomputed | c.redrawn for c in choices))
         kept = {view_base(n) for c in choices for n in c.kept}
         whole = handed_on(choices) | kept
         rounded = [s for c in choices for s in c.rounded]
@@ -270,9 +238,13 @@ class Planner:
         backward = self.order.backward((self.saved - replaced) | whole | {s.tensor for s in rounded})
         given = set(backward.reads - self.weights)
         facts = self.facts
-        if rounded:
-            bases = {view_base(s.tensor): s.bytes for s in rounded}
-            facts = facts.resized({n: size + facts.bytes(n) * (n in whole) for n, size in bases.items()})
+        bases = {view_base(s.tensor): s.bytes for s in rounded}
+        sizes = {n: size + facts.bytes(n) * (n in whole) for n, size in bases.items()}
+        if self.packs is not None:
+            made = {n for n in given if n.op == "call_function"} - self.outputs
+            sizes |= {n: packed_bytes(n) for n in made if is_dense_mask(n, self.packs)}
+        if sizes:
+            facts = facts.resized(sizes)
         visible = given.intersection(self.outputs)
         donated = {n for n in given if n.op == "call_function"} - visible
         line = timeline(backward.nodes, given, self.gradients, self.gradients, facts, options, donated, visible)

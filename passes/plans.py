@@ -33,6 +33,13 @@ class Choice:
     """Tensors inside a recomputed segment that are saved all the same."""
     rounded: tuple[Substitute, ...] = ()
     """What is kept in few bits."""
+    redrawn: frozenset[Node] = frozenset()
+    """Random numbers, and what is computed from nothing else, that the backward draws again from their seeds."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done but to keep what the cut saves."""
+        return bool(self.recomputed or self.rounded or self.redrawn)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Plan:
     @property
     def recomputed(self) -> frozenset[Node]:
         """Nodes that the backward computes again."""
-        return frozenset().union(*(c.recomputed for c in self.choices))
+        return frozenset().union(*(c.recomputed | c.redrawn for c in self.choices))
 
     @property
     def rounded(self) -> dict[Node, int]:

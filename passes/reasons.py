@@ -43,13 +43,16 @@ def _table_of(planner: Planner, plan: Plan) -> Table:
 def _reason(choice: Choice, row: list[tuple[Choice, Costs]], plan: Plan, goal: Goal) -> str:
     costs = next(c for known, c in row if known == choice)  # (plans are made of the choices in the tables)
     kept = row[0][1]
-    if choice.recomputed:
-        share = max(0.0, costs.seconds - kept.seconds) / plan.seconds
+    if choice.changes:
+        share = _percent(max(0.0, costs.seconds - kept.seconds) / plan.seconds)
+        ways = [
+            "in few bits" * bool(choice.rounded),
+            "random numbers drawn again" * bool(choice.redrawn),
+            f"for {share} of the time" * bool(choice.recomputed or choice.redrawn),
+        ]
         return (
-            f"holds {format_bytes(costs.held)} in place of {format_bytes(kept.held)}, for {_percent(share)} of the time"
+            f"holds {format_bytes(costs.held)} in place of {format_bytes(kept.held)}, {', '.join(filter(None, ways))}"
         )
-    if choice.rounded:
-        return f"holds {format_bytes(costs.held)} in place of {format_bytes(kept.held)}, in few bits"
     least, other = min(
         ((c.held, c) for known, c in row if known.recomputed), key=lambda x: x[0], default=(kept.held, kept)
     )

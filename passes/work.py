@@ -11,7 +11,7 @@ import wtacrs_fx.ops  # noqa: F401  (register the custom ops)
 from wtacrs_fx.config import Config
 from wtacrs_fx.ledger import Prediction
 from wtacrs_fx.passes.account import saved_bytes
-from wtacrs_fx.passes.bits import decide_roundings, name_bits, rows_or_bits, substitutes, worthwhile
+from wtacrs_fx.passes.bits import decide_roundings, name_bits, rounds_for, rows_or_bits, substitutes, worthwhile
 from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, memory_options, peak_place, predict, roofline_of
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
@@ -69,6 +69,8 @@ class Work:
     """Tensors that have more bits than the options ask for, and tensors that are kept as they are, since the memory budget has
     room for them."""
     packed: list[Packed] = field(default_factory=list)
+    collapsed: int = 0
+    """Gradients in whose chain the activations meet first."""
     padding: Node | None = None
     """Placeholder of the mask of rows that are no padding."""
     known: tuple[Partition, Prediction] | None = None
@@ -83,8 +85,10 @@ class Work:
         config: Config,
         names: Sequence[str | None],
         static: Sequence[int] | None,
+        *,
+        collapses: bool = True,
     ) -> "Work":
-        """Find the sites, decide about them, and make the exact partition."""
+        """Find the sites, decide about them, and make the exact partition. ``collapses``: with what is rounded formed first."""
         joint.graph.eliminate_dead_code()
         joint.graph = fx_graph_cse(joint.graph)  # one node per value, so that sites that share an input share its node
         protect_draws(joint.graph)
@@ -95,8 +99,8 @@ class Work:
             split_convolutions(joint.graph, config)
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
-        if config.rounds:
-            collapse(joint.graph, kinds, rounded_types(config))
+        admitted = {n for n in joint.graph.nodes if config.rounds and collapses and rounds_for(n, config)}
+        collapsed = collapse(joint.graph, kinds, rounded_types(config), admitted) if admitted else 0
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
         plan = decide(sites, config)
@@ -112,6 +116,7 @@ class Work:
             exact,
             plan,
             recomputed=users,
+            collapsed=collapsed,
             padding=padding_placeholder(joint.graph, names, config.padding, sites),
         )
 
@@ -121,6 +126,7 @@ class Work:
         relaid = relaid_weights(self.exact[0], self.weights) if self.config.inner == "inductor" else set()
         self.relaid: set[str] = relaid
         self.in_memory = self.weights - self.relaid
+        self.packs = self.config.min_bytes if self.config.pack_masks else None  # the size of masks that will be
         options = memory_options(self.config)
         self.prediction = predict(self.exact, self.num_fwd_outputs, self.in_memory, options, self.device)
 
@@ -217,7 +223,9 @@ class Work:
         assert self.uncut is not None
         saved = {n.name for n in saved_tensors(self.best[0], self.num_fwd_outputs)}
         users = {n.name for n in self.users}
-        planner = make_planner(self.uncut, saved, self.weights, users, self.device, self._options, self.relaid)
+        planner = make_planner(
+            self.uncut, saved, self.weights, users, self.device, self._options, self.relaid, self.packs
+        )
         if not self.config.rounds:
             return [planner]
         roundings = self._roundings(rows_or_bits(self.plan, self.config))
@@ -237,12 +245,12 @@ class Work:
     def predicted(self) -> Prediction:
         """Of the best partition so far."""
         if self.known is None or self.known[0] is not self.best:
-            self.known = self.best, predict(*self._partition_now(), self.device)
+            self.known = self.best, predict(*self._partition_now(), self.device, self.packs)
         return self.known[1]
 
     def peak_place(self) -> str:
         """Where the best partition so far has its peak, in words."""
-        return peak_place(*self._partition_now())
+        return peak_place(*self._partition_now(), self.packs)
 
     def _partition_now(self) -> tuple[Partition, int, set[str], MemoryOptions]:
         """The best one so far, and what a prediction takes besides."""

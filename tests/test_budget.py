@@ -23,6 +23,7 @@ from wtacrs_fx.inductor import ORDERED, SAMPLED, uncompiled
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes import cost, liveness
 from wtacrs_fx.passes.budget import Goal, donated_tensors, take_region_budget
+from wtacrs_fx.passes.choices import keep_or_recompute
 from wtacrs_fx.passes.cost import Roofline, flops, nbytes, roofline
 from wtacrs_fx.passes.kernels import Facts, find_kernels
 from wtacrs_fx.passes.liveness import AT_ONCE, module_timeline, timeline
@@ -322,7 +323,7 @@ class TestPlanner:
     def test_distance_from_the_optimum(self):
         """All combinations of keep, recompute and one mixture per segment: the plan is at most 5 % slower than the best."""
         planner = self.planner()
-        options = [planner.choices(s)[:3] for s in planner.segments]
+        options = [keep_or_recompute(s, planner.segments, planner.facts)[:3] for s in planner.segments]
         every = [planner.simulate(c) for c in itertools.product(*options)]
         keep = planner.keep
         for share in (0.9, 0.75, 0.6, 0.5):
@@ -370,7 +371,8 @@ class TestPlanner:
 
     def test_uniform_choices_are_plans(self):
         planner = self.planner(4)
-        uniform = planner.simulate([planner.choices(s)[1] for s in merge(planner.segments, 2)])
+        merged = merge(planner.segments, 2)
+        uniform = planner.simulate([keep_or_recompute(s, planner.segments, planner.facts)[1] for s in merged])
         assert planner.least_peak(float("inf")).peak <= uniform.peak
 
     def test_time_bound(self):

@@ -189,7 +189,7 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("budget", ["auto", 0.85, 0.8])
+@pytest.mark.parametrize("budget", ["auto", 0.8, 0.7])
 def test_gradients_are_those_of_eager_with_the_same_masks(budget, inner):
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from wtacrs_fx.passes.plans import CLOSE, Plan, quietest
 from wtacrs_fx.passes.summary import ledger_of
 from wtacrs_fx.passes.work import Work
 
-from helpers import SMALL, Transformer, gradients, transformer_batch
+from helpers import SMALL, Recorder, Transformer, gradients, transformer_batch
 
 WIDTH = 256
 
@@ -197,3 +197,49 @@ def test_auto_takes_no_more_memory_than_exact_training(width, rows):
     model(x).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad)
+
+
+class Gated(nn.Module):
+    """A gated unit, whose gradients are products of one with several activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.a(x)) * self.b(x)
+
+
+def gated(**options) -> tuple[dict[str, torch.Tensor], Recorder]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Gated(), Gated()), torch.randn(64, 64)
+    recorder = Recorder(ratio=1.0, **options)
+    compiled = torch.compile(model, backend=recorder)
+    return gradients(model, x, call=lambda x: compiled(x).square().mean()), recorder
+
+
+def nodes_of(recorder: Recorder) -> list[tuple[str, str]]:
+    return [(n.name, str(n.target)) for g in (recorder.forward[-1], recorder.backward[-1]) for n in g.graph.nodes]
+
+
+@pytest.mark.parametrize(
+    "options", [{"memory_budget": 1.0}, {"round_exclude": ("*",), "memory_budget": None}], ids=["budget", "pattern"]
+)
+@pytest.mark.filterwarnings("ignore:wtacrs. .*nothing is rounded")
+def test_products_that_are_formed_for_nothing_are_taken_back(options):
+    """Where nothing is rounded the graphs are those without rounding, node for node, and the gradients, bit for bit."""
+    found, recorder = gated(round_bits=8, **options)
+    exact, without = gated(memory_budget=options["memory_budget"])
+    assert recorder.ledger.compressed == ()
+    assert nodes_of(recorder) == nodes_of(without)
+    assert all(torch.equal(found[n], exact[n]) for n in exact)
+
+
+def test_products_are_formed_where_rounding_is_asked_for():
+    """In one unit of two. The gradients of the other, which come first, stay as they are, to the bit."""
+    exact, _ = gated(memory_budget=None)
+    found, recorder = gated(round_bits=8, round_exclude=("1*",), memory_budget=None)
+    assert {c.module for c in recorder.ledger.compressed} == {"0"}
+    assert {n for n in exact if torch.equal(found[n], exact[n])} == {n for n in exact if n.startswith("1.")}
+    assert measure.relative_error(found, exact) < 5e-4
