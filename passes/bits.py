@@ -2,7 +2,7 @@
 
 import fnmatch
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,19 +124,29 @@ def decide_roundings(
     return result
 
 
-def worthwhile(roundings: Sequence[Rounding], before: Collection[str], after: Collection[str]) -> list[Rounding]:
+def worthwhile(
+    roundings: Sequence[Rounding],
+    before: Collection[str],
+    after: Collection[str],
+    size: Callable[[Node], int] = buffer_bytes,
+) -> list[Rounding]:
     """Those that relieve the backward of more bytes than they add. Roundings that relieve it of the same tensor are judged
     together.
 
     Args:
         roundings: what was tried.
         before, after: names of the tensors (view bases) saved without them and with them.
+        size: of a saved tensor in bytes.
     """
-    kept = paying([(r.tensor, r.bytes, sources(r, before)) for r in roundings], after)
+    kept = paying([(r.tensor, r.bytes, sources(r, before)) for r in roundings], after, size)
     return [r for r in roundings if r.tensor in kept]
 
 
-def paying(tried: Iterable[tuple[Node, int, Collection[Node]]], after: Collection[str]) -> set[Node]:
+def paying(
+    tried: Iterable[tuple[Node, int, Collection[Node]]],
+    after: Collection[str],
+    size: Callable[[Node], int] = buffer_bytes,
+) -> set[Node]:
     """As :func:`worthwhile`, for (tensor, bytes added, tensors that it may relieve the backward of)."""
     groups: list[tuple[list[tuple[Node, int]], set[Node]]] = []
     for tensor, added, relieved in tried:
@@ -147,7 +157,7 @@ def paying(tried: Iterable[tuple[Node, int, Collection[Node]]], after: Collectio
         groups.append((members, found))
     kept: set[Node] = set()
     for members, found in groups:
-        if sum(added for _, added in members) < sum(buffer_bytes(n) for n in found if n.name not in after):
+        if sum(added for _, added in members) < sum(size(n) for n in found if n.name not in after):
             kept |= {tensor for tensor, _ in members}
     return kept
 

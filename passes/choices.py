@@ -10,7 +10,7 @@ from torch.fx import Node
 import wtacrs_fx.private  # noqa: F401  (registers torch.ops.prims.inductor_random and its seeds)
 from wtacrs_fx.passes.bits import Substitute
 from wtacrs_fx.passes.kernels import Facts, is_library_call
-from wtacrs_fx.passes.kinds import ancestors, draws, is_drawn_mask, runs_once
+from wtacrs_fx.passes.kinds import draws, is_drawn_mask, runs_once
 from wtacrs_fx.passes.plans import Choice, results_of
 from wtacrs_fx.passes.segments import Segment
 
@@ -68,18 +68,40 @@ def in_few_bits(keep: Choice, substitutes: Mapping[Node, Sequence[Substitute]]) 
     return replace(keep, rounded=found) if found else keep
 
 
-def draw_again(keep: Choice, saved: Collection[Node]) -> Choice:
-    """The same choice, but what is saved of the segment's random numbers is drawn again in the backward. The same choice where
-    there are none."""
-    found = frozenset().union(*(drawn_from_seeds(n) for n in keep.segment.nodes if n in saved))
-    return replace(keep, redrawn=found) if found else keep
+def draw_again(keep: Choice, drawn: Mapping[Node, frozenset[Node]], saved: Collection[Node]) -> Choice:
+    """The same choice, but what is saved of the segment's random numbers is drawn again in the backward, and all that is
+    computed from them alone. The same choice where nothing is.
+
+    Args:
+        keep: the choice to keep the segment, rounded or not.
+        drawn: of :func:`drawn_from_seeds`.
+        saved: tensors that the partition without recomputation saves, and nobody else has.
+    """
+    found = {n for n in keep.segment.nodes if n in saved and n in drawn}
+    stack = list(found)
+    while stack:
+        after = [u for u in stack.pop().users if u in drawn and u not in found]
+        found.update(after)
+        stack += after
+    return replace(keep, redrawn=frozenset().union(*(drawn[n] for n in found))) if found else keep
 
 
-def drawn_from_seeds(node: Node) -> frozenset[Node]:
-    """A value that is computed from Inductor's seeds and nothing else, with all that it is computed from but the seeds: run a
-    second time it is the same. Empty for any other value, and for constants."""
-    seeds = prims.inductor_seeds.default
-    found = {node, *ancestors([node], lambda n: n.target is not seeds)}
-    again = all(n.op == "call_function" and not draws(n) and not runs_once(n) and not is_library_call(n) for n in found)
-    drawn = any(n.target is prims.inductor_random.default for n in found)
-    return frozenset(found) if again and drawn else frozenset()
+def drawn_from_seeds(nodes: Sequence[Node]) -> dict[Node, frozenset[Node]]:
+    """Values that are computed from Inductor's seeds and nothing else: run a second time they are the same.
+
+    Args:
+        nodes: calls in graph order.
+
+    Returns: such a value -> what it is computed from, itself included, the seeds left out. Constants are none of them.
+    """
+    found: dict[Node, frozenset[Node]] = {}
+    constants: dict[Node, frozenset[Node]] = {}
+    for node in nodes:
+        if node.target is prims.inductor_seeds.default or draws(node) or runs_once(node) or is_library_call(node):
+            continue
+        sources = [n for n in node.all_input_nodes if n.target is not prims.inductor_seeds.default]
+        if all(n in found or n in constants for n in sources):
+            closure = frozenset((node,)).union(*(found.get(n) or constants[n] for n in sources))
+            drawn = node.target is prims.inductor_random.default or any(n in found for n in sources)
+            (found if drawn else constants)[node] = closure
+    return found

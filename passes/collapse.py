@@ -80,11 +80,12 @@ def collapse(
     scaled: dict[Node, Scaled] = {}
     for node in graph.nodes:
         if kinds.get(node) is Kind.GRADIENT:
-            scaled[node] = _scaled(node, scaled, kinds, types)
+            ours = admitted is None or node in admitted
+            scaled[node] = _scaled(node, scaled, kinds, types) if ours else Scaled(node)
     count = 0
     for node, form in scaled.items():
         inside = [u for u in node.users if u in scaled and scaled[u].root is form.root]
-        if form.factors < 2 or len(inside) == len(node.users) or not (admitted is None or node in admitted):
+        if form.factors < 2 or len(inside) == len(node.users):
             continue
         with graph.inserting_before(node):
             product = _product(Emitter(graph, node), form, node.meta["val"].dtype, kinds)

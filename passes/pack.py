@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from wtacrs_fx.passes.emit import Emitter, has_whole_rows, memory_order
+from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_drawn_mask, is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
@@ -86,6 +87,17 @@ def find_masks(
 def packed_bytes(mask: Node) -> int:
     """Of a mask in bits."""
     return -(-hint(mask.meta["val"].numel()) // 8)
+
+
+def held_bytes(node: Node, packs: int | None) -> int:
+    """Of a tensor between forward and backward, where masks of at least ``packs`` bytes are packed (None: none is)."""
+    return packed_bytes(node) if packs is not None and is_dense_mask(node, packs) else buffer_bytes(node)
+
+
+def saved_by_packing(partition: tuple[GraphModule, GraphModule], num_fwd_outputs: int, packs: int | None) -> int:
+    """Bytes that packing will save of what a partition holds."""
+    masks = find_masks(partition, num_fwd_outputs, packs) if packs is not None else ()
+    return sum(buffer_bytes(m) - packed_bytes(m) for m, _ in masks)
 
 
 def is_dense_mask(node: Node, min_bytes: int) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from wtacrs_fx.config import Config
+from wtacrs_fx.errors import BudgetError, WtacrsWarning
 from wtacrs_fx.ledger import Ledger, Prediction
 from wtacrs_fx.passes.budget import Goal, take_region_budget
 from wtacrs_fx.passes.joint_graph import copy_joint, cutter
@@ -40,7 +42,7 @@ def partition(
     decided what is recomputed (``memory_budget``, and the user's own checkpoint regions). Inputs that the cut saves for
     nothing but their own site become early sites, whose kept rows are smaller, and the graph is cut again. (A last cut
     is needed only if the backward turns out to hold such an input all the same.) Where nothing is rounded in the end, all
-    this is done again on a graph in which no products were formed for it.
+    this is done again without ``round_bits``, on a graph in which no products were formed for it.
 
     Args:
         joint, joint_inputs, num_fwd_outputs, static_lifetime_input_indices, kwargs: as AOTAutograd gives them to
@@ -64,16 +66,26 @@ def partition(
             module.recompile()
         return (*exact, None)
     with many_graphs():
-        untouched = copy_joint(joint)[0] if config.rounds else joint
-        arguments = num_fwd_outputs, cut, config, names, static_lifetime_input_indices
-        work = Work.prepare(joint, *arguments)
+        untouched = copy_joint(joint)[0] if config.round_bits else joint
+        work = Work.prepare(joint, num_fwd_outputs, cut, config, names, static_lifetime_input_indices)
         work.run()
-        if work.collapsed and not work.roundings:  # nothing is gained by products in another order
-            work = Work.prepare(untouched, *arguments, collapses=False)
-            work.run()
+        if work.collapsed and not work.roundings:
+            work = not_rounded(work, untouched, names, static_lifetime_input_indices)
     if not work.sites and not work.has_products:
         return (*work.best, None)
     return (*work.best, ledger_of(work))
+
+
+def not_rounded(work: Work, joint: GraphModule, names: Sequence[str | None], static: Sequence[int] | None) -> Work:
+    """In place of work that has rounded nothing: the same without ``round_bits``, so without products in another order. The
+    same work if its budget is met with those only. What there is to warn of, it has warned of."""
+    config = replace(work.config, round_bits=None)
+    with warnings.catch_warnings(), contextlib.suppress(BudgetError):
+        warnings.simplefilter("ignore", WtacrsWarning)
+        exact = Work.prepare(joint, work.num_fwd_outputs, work.cut, config, names, static)
+        exact.run()
+        return exact
+    return work
 
 
 @contextlib.contextmanager

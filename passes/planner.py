@@ -22,14 +22,15 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+import torch
 from torch.fx import Graph, Node
 
 from wtacrs_fx.passes.bits import Substitute, paying
-from wtacrs_fx.passes.choices import draw_again, in_few_bits, keep_or_recompute
+from wtacrs_fx.passes.choices import draw_again, drawn_from_seeds, in_few_bits, keep_or_recompute
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts
 from wtacrs_fx.passes.liveness import AT_ONCE, DEFAULT, MemoryOptions, Timeline, timeline
-from wtacrs_fx.passes.pack import is_dense_mask, packed_bytes
+from wtacrs_fx.passes.pack import held_bytes
 from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, quietest
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.schedule import JointOrder
@@ -90,6 +91,7 @@ class Planner:
         self.outputs = {view_base(v) for v in outputs[:num_fwd_outputs] if isinstance(v, Node)}
         self.gradients = {view_base(v) for v in outputs[num_fwd_outputs:] if isinstance(v, Node)}
         self.position = {n: i for i, n in enumerate(self.forward)}
+        self.drawn = drawn_from_seeds(self.forward)
         self.facts, self.order = Facts(), JointOrder(graph, num_fwd_outputs)
         self.substitutes: dict[Node, list[Substitute]] = {}
         self._tables: dict[int, Table] = {}
@@ -104,7 +106,8 @@ class Planner:
         replaced = {n for s in tried for n in s.replaced}
         reads = self.order.backward((self.saved - replaced) | {s.tensor for s in tried}).reads
         whole = {n.name for n in reads - {view_base(s.tensor) for s in tried}}
-        pay = paying([(s.tensor, s.bytes, s.sources) for s in tried], whole)
+        size = functools.partial(held_bytes, packs=self.packs)
+        pay = paying([(s.tensor, s.bytes, s.sources) for s in tried], whole, size)
         other = copy.copy(self)
         other.substitutes, other._tables, other._pool = {}, {}, []
         for s in tried:
@@ -119,13 +122,13 @@ class Planner:
 
     def _judge(self, choices: Sequence[Choice], run: Run) -> Plan:
         line, given, again, facts = run
-        forward, forward_peak = self._forward(choices, given, facts)
+        forward, forward_peak = self._forward(choices, given)
         seconds = line.seconds(self.roofline, facts) + forward.seconds(self.roofline, self.facts)
         seconds += sum(map(self._rounding_seconds, choices))
         held = sum(map(facts.bytes, given))
         return Plan(tuple(choices), max(line.activation_peak, forward_peak), seconds, held, frozenset(again))
 
-    def _forward(self, choices: Sequence[Choice], given: Collection[Node], facts: Facts) -> tuple[Timeline, int]:
+    def _forward(self, choices: Sequence[Choice], given: Collection[Node]) -> tuple[Timeline, int]:
         """The forward's timeline, and its peak: with the codes of each rounded tensor from where it is made, and the tensor
         itself until its last reader there."""
         codes = {s.tensor: self.position[n] for n, found in self.substitutes.items() for s in found}
@@ -133,7 +136,7 @@ class Planner:
         whole = handed_on(choices) | {view_base(n) for c in choices for n in c.kept}
         gone = {view_base(s.tensor) for c in choices for s in c.rounded} - whole
         returned = self.outputs | (set(given) - gone)
-        line = timeline(self.forward, (), returned, facts=facts, options=self._options(choices))
+        line = timeline(self.forward, (), returned, facts=self._in_bits(given), options=self._options(choices))
         live = [
             live + sum(size for place, size in made if place <= self.position[kernel.node])
             for kernel, live in zip(line.kernels, line.live)
@@ -198,8 +201,10 @@ class Planner:
             options = [keep_or_recompute(s, self.segments, self.facts) for s in merge(self.segments, size)]
             alike = [[o[min(level, len(o) - 1)] for o in options] for level in range(max(map(len, options)))]
             rounded = [in_few_bits(kept, self.substitutes) for kept in alike[0]]
-            redrawn = [[draw_again(c, self.saved) for c in kept] for kept in (alike[0], rounded)]
-            alike += [a for a in (rounded, *redrawn) if any(c.changes for c in a)]
+            for kept in (alike[0], rounded)[: 1 + (rounded != alike[0])]:
+                alike += [kept] * (kept is rounded)
+                redrawn = [draw_again(c, self.drawn, self.saved - self.outputs) for c in kept]
+                alike += [redrawn] * (redrawn != kept)
             table: Table = [[] for _ in options]
             for uniform in alike:
                 run = self._uniform(uniform)
@@ -237,18 +242,20 @@ class Planner:
         replaced = recomputed.union(*(s.replaced for s in rounded))
         backward = self.order.backward((self.saved - replaced) | whole | {s.tensor for s in rounded})
         given = set(backward.reads - self.weights)
-        facts = self.facts
-        bases = {view_base(s.tensor): s.bytes for s in rounded}
-        sizes = {n: size + facts.bytes(n) * (n in whole) for n, size in bases.items()}
-        if self.packs is not None:
-            made = {n for n in given if n.op == "call_function"} - self.outputs
-            sizes |= {n: packed_bytes(n) for n in made if is_dense_mask(n, self.packs)}
-        if sizes:
-            facts = facts.resized(sizes)
+        facts = self._in_bits(given)
+        if rounded:
+            bases = {view_base(s.tensor): s.bytes for s in rounded}
+            facts = facts.resized({n: size + facts.bytes(n) * (n in whole) for n, size in bases.items()})
         visible = given.intersection(self.outputs)
         donated = {n for n in given if n.op == "call_function"} - visible
         line = timeline(backward.nodes, given, self.gradients, self.gradients, facts, options, donated, visible)
         return line, given, set(backward.nodes).intersection(self.forward), facts
+
+    def _in_bits(self, held: Iterable[Node]) -> Facts:
+        """About the nodes, with those masks of what is held that will be packed as bits."""
+        made = {n for n in held if n.op == "call_function"} - self.outputs
+        sizes = {n: held_bytes(n, self.packs) for n in made if n.meta["val"].dtype is torch.bool}
+        return self.facts.resized(sizes) if sizes else self.facts
 
     def _costs(self, choices: Sequence[Choice], run: Run) -> list[Costs]:
         line, given, again, facts = run

@@ -28,7 +28,7 @@ def reasons_for_more_bits(reasons: Sequence[str], plan: Plan, finer: Plan) -> li
     for reason, before, after in zip(reasons, plan.choices, finer.choices):
         room = f"the budget has room for {'more bits' if after.rounded else 'all bits'}"
         if before.rounded != after.rounded:
-            reason = f"{reason}; {room}" if before.recomputed else room
+            reason = f"{reason}; {room}" if before.recomputed or before.redrawn else room
         result.append(reason)
     return result
 

@@ -1,6 +1,7 @@
 """One joint graph on its way to a partition: what was found in it, the best cut so far, and the next attempt."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from wtacrs_fx.passes.kinds import Kind, classify
 from wtacrs_fx.passes.layouts import relaid_weights
 from wtacrs_fx.passes.liveness import MemoryOptions
 from wtacrs_fx.passes.meet_budget import meet_budget
-from wtacrs_fx.passes.pack import Packed, pack_masks
+from wtacrs_fx.passes.pack import Packed, held_bytes, pack_masks, saved_by_packing
 from wtacrs_fx.passes.planner import Planner
 from wtacrs_fx.passes.plans import Plan
 from wtacrs_fx.passes.policy import Action, Decision, decide, needed_whole, retreat, settle, view_base
@@ -85,10 +86,8 @@ class Work:
         config: Config,
         names: Sequence[str | None],
         static: Sequence[int] | None,
-        *,
-        collapses: bool = True,
     ) -> "Work":
-        """Find the sites, decide about them, and make the exact partition. ``collapses``: with what is rounded formed first."""
+        """Find the sites, decide about them, and make the exact partition."""
         joint.graph.eliminate_dead_code()
         joint.graph = fx_graph_cse(joint.graph)  # one node per value, so that sites that share an input share its node
         protect_draws(joint.graph)
@@ -99,7 +98,7 @@ class Work:
             split_convolutions(joint.graph, config)
         weights = weight_placeholders(joint.graph, num_fwd_outputs, static)
         kinds = classify(joint.graph, weights)
-        admitted = {n for n in joint.graph.nodes if config.rounds and collapses and rounds_for(n, config)}
+        admitted = {n for n in joint.graph.nodes if config.rounds and rounds_for(n, config)}
         collapsed = collapse(joint.graph, kinds, rounded_types(config), admitted) if admitted else 0
         grads = gradient_outputs(joint.graph, num_fwd_outputs, weights)
         sites = find_sites(joint.graph, kinds, grads, parameter_names(joint.graph, names), config.attention)
@@ -190,7 +189,7 @@ class Work:
             return
         work._cut_again(work.plan, roundings)
         work._cut_again(settle(work.plan, work._saved(), {}, self.config, self.recomputed)[0], roundings)
-        paid = worthwhile(work.roundings, before, work._saved())
+        paid = worthwhile(work.roundings, before, work._saved(), functools.partial(held_bytes, packs=self.packs))
         read = {f.reader for r in paid for f in r.factors}
         early = {d.site.node for d in self.plan if d.action is Action.EARLY} - read
         work._cut_again([old if old.site.node in early else new for old, new in zip(self.plan, work.plan)], paid)
@@ -212,7 +211,8 @@ class Work:
         return self._held(self.best)
 
     def _held(self, partition: Partition) -> int:
-        return saved_bytes(partition[0], self.num_fwd_outputs, self.in_memory)
+        saved = saved_bytes(partition[0], self.num_fwd_outputs, self.in_memory)
+        return saved - saved_by_packing(partition, self.num_fwd_outputs, self.packs)
 
     def cut_as_planned(self) -> None:
         """Sample as decided, and cut."""
