@@ -20,7 +20,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch.fx import Graph, Node
@@ -176,9 +176,17 @@ class Planner:
         return self._open
 
     def _search(self, peak: int) -> None:
-        """Simulate the fastest combinations for a peak, of every granularity, and add them to the pool."""
-        targets = {size: int(SLACK * peak) for size in SIZES if size == 1 or size < len(self.segments)}
-        found = {size: combine(self.table(size), target) for size, target in targets.items()}
+        """Simulate the fastest combinations for a peak, of every granularity, and add them to the pool. First those that draw
+        nothing again: of the many that differ little the sums do not tell which is the best, and the simulations run out."""
+        tables = {size: self.table(size) for size in SIZES if size == 1 or size < len(self.segments)}
+        holding = {size: [[o for o in row if not o[0].redrawn] for row in table] for size, table in tables.items()}
+        self._search_in(holding, peak)
+        if holding != tables:
+            self._search_in(tables, peak)
+
+    def _search_in(self, tables: Mapping[int, Table], peak: int) -> None:
+        targets = {size: int(SLACK * peak) for size in tables}
+        found = {size: combine(tables[size], target) for size, target in targets.items()}
         best = math.inf
         for _ in range(SIMULATIONS):
             open_ = {s: f for s, f in found.items() if f is not None and self.keep.seconds + f[0] < best}
@@ -192,7 +200,7 @@ class Planner:
                 found[size] = None
             else:
                 targets[size] -= plan.peak - peak
-                found[size] = combine(self.table(size), targets[size])
+                found[size] = combine(tables[size], targets[size])
 
     def table(self, size: int) -> Table:
         """Per segment of ``size`` merged ones its choices with their costs, from simulations in which all choose alike. These
