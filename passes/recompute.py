@@ -9,8 +9,8 @@
 
 The copies are nodes of their own, so that no cut can decide otherwise, and PyTorch's recomputation tags, which wrap every
 operation marked as random in a higher-order operation that Inductor cannot always compile (fused attention on CPU, even
-without dropout), are not needed. Operations that draw from the generator are never copied; Inductor's random numbers are functions
-of a seed, and the same when computed again.
+without dropout), are not needed. Operations that draw from the generator are never copied; Inductor's random numbers are
+functions of a seed, and the same when computed again.
 """
 
 import operator
