@@ -12,7 +12,17 @@ from test_backend import run
 from torch import Tensor, nn
 
 import wtacrs_fx
-from wtacrs_fx import Backend, NormSource, PositionNorms, Rows, SampleNorms, WtacrsWarning, norms_of, sample_ids
+from wtacrs_fx import (
+    Backend,
+    NormSource,
+    PositionNorms,
+    Rows,
+    SampleNorms,
+    WtacrsWarning,
+    norm_table,
+    norms_of,
+    sample_ids,
+)
 from wtacrs_fx.norm_table import HostTable
 from wtacrs_fx.norms import FLOOR, floored
 
@@ -279,6 +289,46 @@ def test_a_model_made_again_for_a_checkpoint_has_the_name_of_the_one_that_is_gon
     source.load_state_dict(state)
     train(Transformer(layers=1))
     assert {*source.tables} == sites
+
+
+class Wrapped(nn.Module):
+    """Names its modules as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.module(*args)
+
+
+@pytest.mark.parametrize("kind", ["position", "sample"])
+@pytest.mark.parametrize("back", [False, True], ids=["into several processes", "out of several processes"])
+def test_checkpoints_go_between_one_process_and_several(kind, back):
+    batch = transformer_batch()
+
+    def trained(model, backend) -> Backend:
+        torch._dynamo.reset()
+        with sample_ids(range(8)):
+            torch.compile(model, backend=backend)(*batch).backward()
+        return backend
+
+    torch.manual_seed(0)
+    models = Transformer(layers=1), Wrapped(Transformer(layers=1))
+    first, second = reversed(models) if back else models
+    one = trained(first, Backend(norms=kind, **EARLY))
+    other = Backend(norms=kind, **EARLY)
+    other.norms.load_state_dict(one.norms.state_dict())
+    trained(second, other)
+    names = "blocks.0.up:64x256", "module.blocks.0.up:64x256"
+    before, after = reversed(names) if back else names
+    learned = "mean" if kind == "position" else "tables"
+    assert before in getattr(one.norms, learned)
+    assert set(getattr(other.norms, learned)) == {
+        n.removeprefix("module.") if back else f"module.{n}" for n in getattr(one.norms, learned)
+    }
+    position = other.norms if kind == "position" else other.norms.position
+    assert float(position.seen[after].max()) == 2
 
 
 def test_a_checkpoint_without_ids_of_another_model_is_refused():
@@ -587,3 +637,31 @@ def test_inductor_and_its_cache_in_a_second_process(tmp_path):
     assert cold[2] < 1e-5, "more rows are kept than are no padding: all of them"
     assert list(cold[3].values()) == ["zero", "zero"]
     assert warm[1:] == cold[1:]
+
+
+@pytest.mark.parametrize(
+    ("limit", "current", "cached", "free"),
+    [
+        ("1000000", 600000, 100000, 500000),
+        ("1000000", 1200000, 0, 0),
+        ("max", 600000, 0, 2048000),
+        (None, 0, 0, 2048000),
+    ],
+    ids=["a container's", "above its limit", "none", "no container"],
+)
+def test_free_memory_is_the_containers(monkeypatch, tmp_path, limit, current, cached, free):
+    """Of the machine (2000 kB here) and of the container, whichever is less."""
+    (tmp_path / "meminfo").write_text("MemTotal:       9000 kB\nMemAvailable:       2000 kB\n")
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{current}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 5\nfile {cached}\n")
+    monkeypatch.setattr(norm_table, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(norm_table, "CGROUP", tmp_path)
+    assert norm_table.available_bytes() == free
+
+
+def test_free_memory_where_the_system_does_not_say(monkeypatch, tmp_path):
+    monkeypatch.setattr(norm_table, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(norm_table, "CGROUP", tmp_path)
+    assert norm_table.available_bytes() > 2**28

@@ -64,7 +64,9 @@ class SampleNorms(NormSource):
         return sum(table.bytes for table in self.tables.values())
 
     def begin(self, sites: Sequence[str], ids: tuple[int, ...] | None) -> None:
-        check_loaded(self.loaded, sites)
+        if rename := check_loaded(self.loaded, sites):
+            self.tables = {rename(k): t for k, t in self.tables.items()}
+            self.loaded = frozenset(self.tables)
         self.position.begin(sites, ids)
         if ids:
             if self.examples is not None and (outside := [i for i in ids if i >= self.examples]):

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -145,11 +146,28 @@ def _fit(known: Tensor, length: int) -> Tensor:
     return known[:, :length]
 
 
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
 def available_bytes() -> int:
-    """Host memory that is free without swapping; the whole of it where the system does not say."""
+    """Host memory that is free without swapping, of the machine and of the container that the process is in; the whole of it
+    where the system does not say."""
+    return min(_machine_free(), _container_free())
+
+
+def _machine_free() -> int:
     try:
-        with open("/proc/meminfo") as f:
-            fields = dict(line.split(":", 1) for line in f)
+        fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
+
+
+def _container_free() -> int:
+    """By its limit (cgroup v2): what files are cached in is given back when it is needed."""
+    try:
+        limit = int((CGROUP / "memory.max").read_text())  # ("max" where there is none)
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, limit - int((CGROUP / "memory.current").read_text()) + int(statistics["file"]))
+    except (OSError, KeyError, ValueError):
+        return 2**62

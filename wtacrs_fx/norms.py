@@ -6,7 +6,7 @@ is floored (:func:`floored`), so that every row stays possible: wrong norms cost
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,9 @@ FLOOR = 0.05
 and one that has a gradient all the same has a scale of at most 20 times that of uniform sampling. On MiniLM, 32x48 tokens of
 reviews, norms of "sample" 8 steps old, 0.3 of the rows: error 0.177 without a floor, 0.181 at 0.01, 0.196 at 0.05, 0.245 at
 0.2; with the padding known 0.177 at all of them, or a little less."""
+
+WRAPPED = "module."
+"""What DistributedDataParallel puts before the names of a model's modules."""
 
 RATE = 0.1
 """Share of the newest batch in a running mean: the mean is over about 19 batches, so that the noise of one batch averages out
@@ -120,7 +123,9 @@ class PositionNorms(NormSource):
         self.loaded: frozenset[str] | None = None
 
     def begin(self, sites: Sequence[str], ids: tuple[int, ...] | None) -> None:
-        check_loaded(self.loaded, sites)
+        if rename := check_loaded(self.loaded, sites):
+            self.mean, self.seen = ({rename(k): v for k, v in t.items()} for t in (self.mean, self.seen))
+            self.loaded = frozenset(self.mean)
 
     def read(self, site: str, rows: Rows) -> Tensor | None:
         if site not in self.mean:
@@ -160,23 +165,29 @@ class PositionNorms(NormSource):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        check_loaded(frozenset(state["mean"]), [*self.mean])
+        check_loaded(frozenset(state["mean"]), [*self.mean])  # (names are made to fit when a forward begins)
         self.mean, self.seen = ({k: v.clone() for k, v in state[name].items()} for name in ("mean", "seen"))
         self.loaded = frozenset(self.mean)
 
 
-def check_loaded(loaded: "frozenset[str] | None", sites: Sequence[str]) -> None:
+def check_loaded(loaded: "frozenset[str] | None", sites: Sequence[str]) -> Callable[[str], str] | None:
     """Refuse a checkpoint that has nothing to say about any of a graph's sites.
+
+    Returns: how its names become this graph's, where one of the two ran in DistributedDataParallel; else None.
 
     Raises:
         ValueError: naming a site of either.
     """
-    if loaded and sites and loaded.isdisjoint(sites):
-        near = difflib.get_close_matches(sites[0], loaded, n=1) or sorted(loaded)[:1]
-        raise ValueError(
-            f"the loaded gradient norms are those of another model: they have none of this graph's {len(sites)} sites, such as "
-            f"{sites[0]!r} (they have {near[0]!r}; the numbers are the widths of input and output)."
-        )
+    if not loaded or not sites or not loaded.isdisjoint(sites):
+        return None
+    for rename in (WRAPPED.__add__, lambda name: name.removeprefix(WRAPPED)):
+        if not set(map(rename, loaded)).isdisjoint(sites):
+            return rename
+    near = difflib.get_close_matches(sites[0], loaded, n=1) or sorted(loaded)[:1]
+    raise ValueError(
+        f"the loaded gradient norms are those of another model: they have none of this graph's {len(sites)} sites, such as "
+        f"{sites[0]!r} (they have {near[0]!r}; the numbers are the widths of input and output)."
+    )
 
 
 def floored(norms: Tensor, mask: Tensor | None = None) -> Tensor:
