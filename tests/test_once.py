@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import wtacrs_fx
 from wtacrs_fx.errors import InvariantError, WtacrsWarning
 from wtacrs_fx.inductor import uncompiled
-from wtacrs_fx.passes import meet_budget, planner, recompute, schedule, work
+from wtacrs_fx.passes import choices, meet_budget, recompute, schedule, work
 from wtacrs_fx.passes.invariants import check_draws
 
 from helpers import SMALL, Recorder, Transformer, gradients, transformer_batch
@@ -81,7 +81,7 @@ def test_a_buffer_that_the_forward_changes(graphs, monkeypatch):
 
 def test_a_mask_that_is_drawn_again_is_refused(monkeypatch):
     """Should a pass ever copy a draw into the backward, compiling fails."""
-    for module in (planner, recompute, schedule):
+    for module in (choices, recompute, schedule):
         monkeypatch.setattr(module, "draws", lambda node: False)
         monkeypatch.setattr(module, "is_drawn_mask", lambda node: False, raising=False)
     monkeypatch.setattr(work, "protect_draws", lambda graph: 0)
