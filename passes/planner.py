@@ -29,6 +29,7 @@ from wtacrs_fx.passes.bits import Substitute, paying
 from wtacrs_fx.passes.choices import draw_again, drawn_from_seeds, in_few_bits, keep_or_recompute
 from wtacrs_fx.passes.cost import Roofline
 from wtacrs_fx.passes.kernels import Facts
+from wtacrs_fx.passes.kinds import is_tensor
 from wtacrs_fx.passes.liveness import AT_ONCE, DEFAULT, MemoryOptions, Timeline, timeline
 from wtacrs_fx.passes.pack import held_bytes
 from wtacrs_fx.passes.plans import Choice, Costs, Plan, Table, combine, handed_on, quietest
@@ -262,7 +263,7 @@ class Planner:
     def _in_bits(self, held: Iterable[Node]) -> Facts:
         """About the nodes, with those masks of what is held that will be packed as bits."""
         made = {n for n in held if n.op == "call_function"} - self.outputs
-        sizes = {n: held_bytes(n, self.packs) for n in made if n.meta["val"].dtype is torch.bool}
+        sizes = {n: held_bytes(n, self.packs) for n in made if is_tensor(n) and n.meta["val"].dtype is torch.bool}
         return self.facts.resized(sizes) if sizes else self.facts
 
     def _costs(self, choices: Sequence[Choice], run: Run) -> list[Costs]:
