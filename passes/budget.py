@@ -63,7 +63,7 @@ def predict(
     packs: int | None = None,
 ) -> Prediction:
     """Peak, time and FLOPs of a partition, from its two graphs. ``packs``: masks of at least so many bytes will be packed."""
-    facts = facts_of(partition, num_fwd_outputs, packs)
+    facts = _facts_of(partition, num_fwd_outputs, packs)
     forward, backward = _timelines(partition, num_fwd_outputs, weights, options, facts)
     return Prediction(
         peak=max(forward.peak, backward.activation_peak),
@@ -73,7 +73,7 @@ def predict(
     )
 
 
-def facts_of(partition: Partition, num_fwd_outputs: int, packs: int | None) -> Facts:
+def _facts_of(partition: Partition, num_fwd_outputs: int, packs: int | None) -> Facts:
     """About the nodes of both graphs, with masks of at least ``packs`` bytes in bits."""
     masks = find_masks(partition, num_fwd_outputs, packs) if packs is not None else ()
     sizes = {view_base(n): packed_bytes(mask) for mask, given in masks for n in (mask, given)}
@@ -89,7 +89,7 @@ def peak_place(
 ) -> str:
     """Where the peak of :func:`predict` is, in words: "in the backward of blocks.1.up"."""
     places = []
-    facts = facts_of(partition, num_fwd_outputs, packs)
+    facts = _facts_of(partition, num_fwd_outputs, packs)
     for line, half in zip(_timelines(partition, num_fwd_outputs, weights, options, facts), ("forward", "backward")):
         for kernel, live, gradients in zip(line.kernels, line.live, line.resident):
             places.append((live - gradients, module_of(kernel.node), half))

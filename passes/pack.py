@@ -80,7 +80,7 @@ def find_masks(
         base = view_base(mask)
         return base.op != "placeholder" and base not in returned and bases.count(base) == 1
 
-    masks = [v for v in outputs[num_fwd_outputs:] if isinstance(v, Node) and is_dense_mask(v, min_bytes)]
+    masks = [v for v in outputs[num_fwd_outputs:] if isinstance(v, Node) and _is_dense_mask(v, min_bytes)]
     return [(m, placeholders[m.name]) for m in masks if m.name in placeholders and alone(m)]
 
 
@@ -91,7 +91,7 @@ def packed_bytes(mask: Node) -> int:
 
 def held_bytes(node: Node, packs: int | None) -> int:
     """Of a tensor between forward and backward, where masks of at least ``packs`` bytes are packed (None: none is)."""
-    return packed_bytes(node) if packs is not None and is_dense_mask(node, packs) else buffer_bytes(node)
+    return packed_bytes(node) if packs is not None and _is_dense_mask(node, packs) else buffer_bytes(node)
 
 
 def saved_by_packing(partition: tuple[GraphModule, GraphModule], num_fwd_outputs: int, packs: int | None) -> int:
@@ -100,7 +100,7 @@ def saved_by_packing(partition: tuple[GraphModule, GraphModule], num_fwd_outputs
     return sum(buffer_bytes(m) - packed_bytes(m) for m, _ in masks)
 
 
-def is_dense_mask(node: Node, min_bytes: int) -> bool:
+def _is_dense_mask(node: Node, min_bytes: int) -> bool:
     """Whether the node is a mask that can be packed: of at least so many bytes, with all of its storage its own."""
     if not is_tensor(node) or node.meta["val"].dtype is not torch.bool:
         return False

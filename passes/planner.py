@@ -67,7 +67,7 @@ class Planner:
         weights: placeholders that are in memory anyway.
         roofline: of the device.
         fixed: nodes that are recomputed in every plan (regions that the user marked).
-        options: what the compiler does about memory, in plans that recompute or round something (True) and in others.
+        options: what the compiler does about memory, in plans that do more than keep (True) and in others.
         packs: masks of at least so many bytes are held as bits; None: as they are.
     """
 
