@@ -54,13 +54,14 @@ def section(result: dict[str, Any]) -> str:
             (
                 name,
                 *(
-                    _memory(r[f"{key}_bytes"], base[f"{key}_bytes"], unit)
-                    for key in ("held", "activation_peak", "peak")
+                    _memory(r.get(f"{key}_bytes"), base[f"{key}_bytes"], unit)
+                    for key in ("held", "activation_peak", "peak", "resident")
                 ),
-                _memory(r["resident_bytes"], base["resident_bytes"], unit),
                 f"{r['median']:.3g}",
                 f"{r['median'] / base['median']:.2f}",
-                f"{predicted['peak'] / r['activation_peak_bytes']:.2f}" if predicted else "",
+                f"{predicted['peak'] / r['activation_peak_bytes']:.2f}"
+                if predicted and "activation_peak_bytes" in r
+                else "",
                 f"{r['matrix_error']:.1e}" if "matrix_error" in r else "",
                 f"{r['vector_error']:.0e}" if "vector_error" in r else "",
                 f"{r['slope_error']:.0e}" if "slope_error" in r else "",
@@ -78,7 +79,7 @@ def section(result: dict[str, Any]) -> str:
 
 def verdicts(arms: Arms) -> list[str]:
     """The least peak within each time bound, and the exact arms that no arm of wtacrs beats in both peak and time."""
-    done = {n: r for n, r in arms.items() if "error" not in r}
+    done = _with_peak(arms)
     base = done["inductor"]
     lines = []
     for bound in BOUNDS:
@@ -119,7 +120,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6 * columns, 4 * -(-len(results) // columns)), layout="constrained")
     panels = figure.subplots(-(-len(results) // columns), columns, squeeze=False).flatten()
     for axes, result in zip(panels, results):
-        arms = {n: r for n, r in result["arms"].items() if "error" not in r}
+        arms = _with_peak(result["arms"])
         base = arms["inductor"]
         series: dict[str, list[tuple[float, float]]] = {}
         for name, r in arms.items():
@@ -137,6 +138,11 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     for axes in panels[len(results) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=110)
+
+
+def _with_peak(arms: Arms) -> Arms:
+    """Without those that failed or were timed only."""
+    return {n: r for n, r in arms.items() if "activation_peak_bytes" in r}
 
 
 def _title(result: dict[str, Any]) -> str:

@@ -109,6 +109,7 @@ def measure_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "model": name,
         "batch_size": args.batch_size,
         "length": args.length,
+        "device": args.device,
         "ratio": args.ratio,
         "environment": measure.environment(),
         "arms": {arm: {"measured": measured[arm], "predicted": predicted[arm]} for arm in ARMS},
@@ -123,7 +124,7 @@ def render(results: list[dict[str, Any]]) -> str:
     """One line per model: predicted over measured peak, and the measured peak over that of exact training."""
     rows = [
         (
-            f"{r['model']}, {r['batch_size']}x{r['length']}",
+            f"{r['model']}, {r['batch_size']}x{r['length']}{', GPU' * (r.get('device') == 'cuda')}",
             *(
                 f"{a['predicted'] / a['measured']:.2f} ({a['measured'] / r['arms']['inductor']['measured']:.2f})"
                 for a in (r["arms"][arm] for arm in ARMS)

@@ -27,7 +27,7 @@ from torch.fx import GraphModule
 
 from wtacrs_fx import Backend, measure
 from wtacrs_fx.benchmarks.families import FAMILIES, Batch
-from wtacrs_fx.benchmarks.frontier import Arm, Trained
+from wtacrs_fx.benchmarks.frontier import Arm, Trained, has_gradient
 from wtacrs_fx.benchmarks.options import add_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,10 +42,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """What may be done to kept rows. Its cost is the difference of step times to plain rows: ``--only '^rows'`` measures that."""
 
-NO_GRADIENT = 1e-13
-"""Mean square below which a gradient is zero but for rounding of floating point: biases of keys have 4e-15 in bfloat16, all
-others of these models at least 8e-10."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,13 +49,15 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(DTYPES))
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4, 2], choices=[8, 4, 2])
     parser.add_argument("--only", default=".*", help="arms whose name matches this pattern; Inductor is always there")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_shape(parser, layers=6, batch_size=16)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     (args.out / "rounding").mkdir(parents=True, exist_ok=True)
     for family in args.families:
         for dtype in args.dtype:
-            name = f"{family}_{dtype}_{args.layers}_{args.batch_size}x{args.length}.json"
+            kind = ["cuda"] * (args.device == "cuda")
+            name = "_".join([family, dtype, str(args.layers), f"{args.batch_size}x{args.length}", *kind]) + ".json"
             measure_family(family, dtype, args, args.out / "rounding" / name)
     results = [json.loads(f.read_text()) for f in sorted((args.out / "rounding").glob("*.json"))]
     text = render(results)
@@ -127,19 +125,20 @@ def measure_family(family: str, dtype: str, args: argparse.Namespace, path: Path
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, batch = FAMILIES[family](args.layers, args.batch_size, args.length)
-    model.train().to(DTYPES[dtype])
+    model.train().to(args.device, DTYPES[dtype])
+    batch = {name: value.to(args.device) for name, value in batch.items()}
     with torch._dynamo.config.patch(recompile_limit=4 * len(chosen) + 4, accumulated_recompile_limit=10_000):
         base = Arm("inductor").build(model, batch)
         grads = base.gradients()
-        exact = {n: g for n, g in grads.items() if float(g.float().square().mean()) > NO_GRADIENT}
+        exact = {n: g for n, g in grads.items() if has_gradient(g)}
         for arm in chosen:
             print(f"{family}, {dtype}: {arm.name}", flush=True)
-            result["arms"][arm.name] = measure_arm(arm, model, batch, base, exact, args.repeats)
+            result["arms"][arm.name] = measure_arm(arm, model, batch, base, exact, args)
             path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure_arm(
-    arm: Arm, model: nn.Module, batch: Batch, base: Trained, exact: dict[str, Tensor], repeats: int
+    arm: Arm, model: nn.Module, batch: Batch, base: Trained, exact: dict[str, Tensor], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Memory, errors and times of one arm, and the time of Inductor's default beside it; or why it failed."""
     try:
@@ -155,7 +154,7 @@ def measure_arm(
         found["predicted"] = vars(arm.backend.ledger.predicted)
     steps = {"inductor": base.step} | ({} if trained is base else {arm.name: trained.step})
     print(f"{arm.name}: times", flush=True)
-    times = measure.alternate(steps, repeats, warmup=1)
+    times = measure.alternate(steps, args.repeats, warmup=3 if args.device == "cuda" else 1, device=args.device)
     found |= {"seconds": times[arm.name].seconds, "median": times[arm.name].median}
     return found | {"inductor_median": times["inductor"].median}
 

@@ -247,11 +247,12 @@ def _read(
 
 
 def fuse(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
-    """Kernels that run as one: neighbours that are no library calls. (With :class:`wtacrs_fx.order.GraphOrder`; else Inductor
-    may fuse across library calls too.)"""
+    """Kernels that run as one: neighbours that are no library calls (with :class:`wtacrs_fx.order.GraphOrder`; else Inductor
+    may fuse across library calls too), and the several results of one library call, all made while it has its inputs."""
     groups: list[list[Kernel]] = []
     for kernel in kernels:
-        if groups and not kernel.library and not groups[-1][-1].library:
+        result = kernel.node.target is operator.getitem and groups and groups[-1][0].node is kernel.node.args[0]
+        if result or (groups and not kernel.library and not groups[-1][-1].library):
             groups[-1].append(kernel)
         else:
             groups.append([kernel])

@@ -63,7 +63,9 @@ def test_report_without_results_says_what_to_do(tmp_path):
 def test_errors_tell_matrices_of_layers_from_vectors():
     exact = {"layer.0.weight": torch.ones(2, 2), "layer.0.bias": torch.ones(2), "head.weight": torch.ones(2, 2)}
     grads = {"layer.0.weight": 1.5 * torch.ones(2, 2), "layer.0.bias": torch.ones(2), "head.weight": torch.zeros(2, 2)}
-    assert errors(grads, exact) == {"matrix_error": 0.25, "vector_error": 0.0}
+    nothing = {"layer.0.key.bias": torch.full((2,), 1e-8)}  # what rounding leaves of zero, and the other way round
+    opposite = {n: -g for n, g in nothing.items()}
+    assert errors(grads | opposite, exact | nothing) == {"matrix_error": 0.25, "vector_error": 0.0}
 
 
 def test_slope_tells_gradients_of_other_masks():
@@ -95,6 +97,23 @@ def test_peaks_leave_out_gradients_once_they_are_alive():
     assert 2**20 <= peaks.total < 1.3 * 2**20
     assert 2 * 8 * 1024 * 4 <= peaks.activations < 0.2 * 2**20
     assert model.weight.grad is None
+
+
+def test_allocations_on_a_gpu_are_those_of_its_allocator(monkeypatch):
+    """Also what is freed outside of every operation. Memory is there until a request to free it is completed."""
+    history = [("alloc", 1, 512), ("segment_alloc", 1, 2048), ("alloc", 2, 1024), ("free_requested", 1, 512)]
+    history += [("free_completed", 1, 512), ("alloc", 1, 256), ("free_completed", 2, 1024)]
+    events = [{"action": action, "addr": address, "size": size} for action, address, size in history]
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"device_traces": [[], events]})
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: calls.append(enabled))
+    found = measure._allocations(lambda: calls.append("run"), "cuda")
+    assert found == [(1, 512), (2, 1024), (1, -512), (1, 256), (2, -1024)]
+    with pytest.raises(ZeroDivisionError):
+        measure._allocations(lambda: 1 / 0, "cuda")
+    assert calls == ["all", "run", None, "all", None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
