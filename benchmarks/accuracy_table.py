@@ -39,7 +39,7 @@ def render(results: Sequence[dict[str, Any]]) -> str:
         "arm",
         "seeds",
         "accuracy",
-        "minus exact (by seed; by item)",
+        "minus exact (by seed; by item; sign test)",
         "loss",
         "held",
         "s/step",
@@ -48,7 +48,8 @@ def render(results: Sequence[dict[str, Any]]) -> str:
 
 
 def paired(seeds: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> str:
-    """Difference of accuracies in points: its mean, its standard error over seeds, and over items (of all seeds together)."""
+    """Difference of accuracies in points: its mean, its standard error over seeds, and over items (of all seeds together), and
+    the p-value of :func:`sign_test` over these items."""
     common = sorted(seeds.keys() & reference.keys())
     if not common:
         return ""
@@ -59,7 +60,16 @@ def paired(seeds: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]
     by_seed = (
         100 * statistics.stdev(map(statistics.mean, items)) / math.sqrt(len(items)) if len(items) > 1 else math.nan
     )
-    return f"{mean:+.2f} ({by_seed:.2f}; {by_item:.2f})"
+    p = sign_test(flat.count(1), flat.count(-1))
+    return f"{mean:+.2f} ({by_seed:.2f}; {by_item:.2f}; p {p:.2g})"
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided exact probability of a split at least as uneven as this one, if both were as likely: McNemar's test for items
+    that only one of two models has right."""
+    count = gained + lost
+    tail = sum(math.comb(count, i) for i in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**count)
 
 
 def with_error(values: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wtacrs_fx import Config
 from wtacrs_fx.benchmarks import accuracy, accuracy_noise
-from wtacrs_fx.benchmarks.accuracy_table import paired, render
+from wtacrs_fx.benchmarks.accuracy_table import paired, render, sign_test
 from wtacrs_fx.benchmarks.texts import Text, joined, read_tab
 from wtacrs_fx.estimators import inclusion_probability
 
@@ -19,12 +19,19 @@ def result(arm: str, ratio: float, seed: int, correct: list[int]) -> dict:
     return {"data": "movies48", "arm": arm, "ratio": ratio, "seed": seed, "correct": correct, **numbers}
 
 
+def test_sign_test():
+    assert sign_test(0, 0) == sign_test(3, 3) == 1
+    assert sign_test(5, 0) == sign_test(0, 5) == 2 / 32
+    assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert sign_test(700, 300) < 1e-30
+
+
 def test_differences_are_paired():
     exact = {s: result("exact", 1.0, s, [1, 1, 0, 0] * 25) for s in (0, 1)}
     ours = {0: result("ours", 0.3, 0, [1, 1, 0, 0] * 24 + [1, 1, 1, 1]), 1: result("ours", 0.3, 1, [1, 1, 0, 0] * 25)}
     flat = torch.tensor([0.0] * 198 + [1.0, 1.0])
     by_item = 100 * float(flat.std()) / math.sqrt(200)
-    assert paired(ours, exact) == f"+1.00 (1.00; {by_item:.2f})"
+    assert paired(ours, exact) == f"+1.00 (1.00; {by_item:.2f}; p 0.5)"
     assert paired({5: ours[0]}, exact) == ""
     table = render([*exact.values(), *ours.values()])
     assert "| 0.510 ± 0.010 |" in table

@@ -210,7 +210,7 @@ class TestRounding:
 
         monkeypatch.setattr(rounding.Arm, "build", lambda *_: Base())
         monkeypatch.setattr(rounding, "measure_arm", measure_arm)
-        args = Namespace(layers=1, batch_size=1, length=8, bits=[8, 2], only=only, repeats=1)
+        args = Namespace(layers=1, batch_size=1, length=8, bits=[8, 2], only=only, repeats=1, device="cpu")
         rounding.measure_family("bert", "bfloat16", args, path)
         return measured
 
