@@ -109,6 +109,7 @@ def measure_family(family: str, dtype: str, args: argparse.Namespace, path: Path
     result: dict[str, Any] = {
         "family": family,
         "dtype": dtype,
+        "device": args.device,
         "layers": args.layers,
         "batch_size": args.batch_size,
         "length": args.length,
@@ -162,7 +163,7 @@ def measure_arm(
 def render(results: list[dict[str, Any]]) -> str:
     """The table, and under which conditions each model was measured."""
     lines = [
-        f"- {r['family']}, {r['dtype']}: {r['layers']} layers, {r['batch_size']}x{r['length']} tokens; "
+        f"- {_model(r)}, {r['dtype']}: {r['layers']} layers, {r['batch_size']}x{r['length']} tokens; "
         + ", ".join(f"{key} {value}" for key, value in r["environment"].items())
         for r in results
     ]
@@ -182,12 +183,12 @@ def table(results: list[dict[str, Any]]) -> str:
         base = result["arms"]["inductor"]
         for name, arm in result["arms"].items():
             if "error" in arm:
-                rows.append((result["family"], result["dtype"], name, f"failed: {arm['error']}", "", "", "", ""))
+                rows.append((_model(result), result["dtype"], name, f"failed: {arm['error']}", "", "", "", ""))
                 continue
             errors = sorted(arm["errors"].values())
             rows.append(
                 (
-                    result["family"],
+                    _model(result),
                     result["dtype"],
                     name,
                     f"{arm['held_bytes'] / base['held_bytes']:.2f}",
@@ -199,6 +200,10 @@ def table(results: list[dict[str, Any]]) -> str:
             )
     headers = ("model", "dtype", "arm", "held /ind.", "peak /ind.", "step /ind.", "median error", "largest error")
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _model(result: dict[str, Any]) -> str:
+    return result["family"] + ", GPU" * (result.get("device") == "cuda")
 
 
 def layer_table(results: list[dict[str, Any]]) -> str:
@@ -213,7 +218,7 @@ def layer_table(results: list[dict[str, Any]]) -> str:
                 layer = found.setdefault(numbered[0] if numbered else "other", {})
                 layer[arm] = max(error, layer.get(arm, 0.0))
         rows += [
-            (result["family"], result["dtype"], layer, *(f"{by[a]:.1e}" if a in by else "" for a in arms_shown))
+            (_model(result), result["dtype"], layer, *(f"{by[a]:.1e}" if a in by else "" for a in arms_shown))
             for layer, by in sorted(found.items())
         ]
     return tabulate(

@@ -85,11 +85,10 @@ def test_gradients_peak_and_held_bytes(name, budget):
     assert held.bytes == pytest.approx(ledger.saved_bytes, rel=0.01)
     loss.backward()
     peaks = measure.peaks(lambda: call(**batch).loss.backward(), model)
-    # (of models this small; those of benchmarks/predictions.py are predicted better)
-    assert ledger.predicted.peak == pytest.approx(peaks.activations, rel=0.07)
+    assert ledger.predicted.peak == pytest.approx(peaks.activations, rel=0.05)
     torch.manual_seed(1)
     total = measure.peak_bytes(lambda: call(**batch).loss.backward(), DEVICE)
-    assert total == pytest.approx(peaks.total, rel=0.05)  # (blocks of the allocator are larger than what is asked for)
+    assert total == pytest.approx(peaks.total, rel=0.02)
 
 
 @pytest.mark.parametrize("budget", [None, 0.5, "auto"])

@@ -135,9 +135,8 @@ def _allocations(run: Callable[[], object], device: str) -> list[tuple[int, int]
 
 
 def _cuda_allocations(run: Callable[[], object]) -> list[tuple[int, int]]:
-    """From the history of PyTorch's allocator on the current device, which is ended and cleared. (The profiler misses memory of
-    CUDA that is freed outside of every operation, such as what the forward returned and nobody keeps. A history that the caller
-    records is ended.)"""
+    """From the history of PyTorch's allocator on the current device; one that the caller records is ended. (The profiler misses
+    memory of CUDA that is freed outside of every operation, such as what the forward returned and nobody keeps.)"""
     torch.cuda.synchronize()
     torch.cuda.memory._record_memory_history(context=None, clear_history=True)
     try:
