@@ -22,6 +22,7 @@ from torch import Tensor
 from wtacrs_fx import measure
 from wtacrs_fx.benchmarks.variance_data import CONDITIONS, Task, Watch, train
 from wtacrs_fx.benchmarks.variance_errors import AS_IS, BITS, VARIANTS, condition, layer_errors
+from wtacrs_fx.norms import FLOOR
 
 SOURCES = ("activation", "position", "sample", "true")
 
@@ -50,7 +51,7 @@ def main() -> None:
     folder = args.out / "variance"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(args).items() if k not in ("conditions", "out")}
-    settings |= {"variants": list(VARIANTS), "sources": list(SOURCES)}
+    settings |= {"variants": list(VARIANTS), "sources": list(SOURCES), "floor": FLOOR}
     for name in args.conditions:
         path = folder / f"{name.replace(' ', '_')}.json"
         if not path.exists() or json.loads(path.read_text())["settings"] != settings:

@@ -19,6 +19,7 @@ from torch import Tensor
 import wtacrs_fx.ops  # noqa: F401  (registers stream_key)
 from wtacrs_fx.directions import limit
 from wtacrs_fx.estimators import ESTIMATORS, Uniform, sanitize, winner_count
+from wtacrs_fx.norms import floored
 from wtacrs_fx.passes.center import FORM
 from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
 
@@ -26,9 +27,6 @@ AS_IS = 16
 """Bits of rows that are not rounded: those of training in bfloat16."""
 
 BITS = (AS_IS, 8, 4)
-
-FLOOR = 0.01
-"""Share of the mean importance that every row has at least, where the gradient's norm is a guess."""
 
 DIRECTIONS = (16, 32)
 """Principal directions that are taken out."""
@@ -187,9 +185,8 @@ def layer_errors(
         norms = layers[taken_out].h.norm(dim=1)
         besides = bytes_besides(rows, width, mean, directions)
         for source, guess in gradient_norms.items():
-            weights = norms * guess
-            weights = weights if source == "true" else weights.clamp_min(FLOOR * float(weights.mean()))
-            weights = weights * layer.real if padding else weights
+            known = guess if source == "true" else floored(guess, layer.real if padding else None).float()
+            weights = norms * known * (layer.real if padding else 1)
             for ratio in ratios:
                 k = math.ceil(ratio * rows)
                 found: dict[int, tuple[float, Tensor]] = {}

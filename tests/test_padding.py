@@ -6,8 +6,9 @@ import transformers
 from torch import nn
 
 import wtacrs_fx
-from wtacrs_fx import Backend, WtacrsWarning
+from wtacrs_fx import Backend, PositionNorms, WtacrsWarning, ledgers
 from wtacrs_fx.estimators import ESTIMATORS
+from wtacrs_fx.norm_state import RowState
 from wtacrs_fx.rng import uniform
 
 from helpers import SMALL, Moments, Transformer, gradients, transformer_batch
@@ -141,25 +142,55 @@ def test_check_reports_refused_sites():
 
 
 class Broken(nn.Module):
-    """The mask is an input of the first graph only."""
+    """The mask is an input of one graph only, of the first or of the second."""
 
-    def __init__(self) -> None:
+    def __init__(self, late: bool) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.a, self.b, self.late = nn.Linear(64, 64), nn.Linear(64, 64), late
 
     def forward(self, x, attention_mask):
+        if self.late:
+            x = self.b(x).relu()
+            torch._dynamo.graph_break()
         x = self.a(x * attention_mask[..., None]) * attention_mask[..., None]
-        torch._dynamo.graph_break()
-        return self.b(x.relu()).square().mean()
+        if not self.late:
+            torch._dynamo.graph_break()
+            x = self.b(x.relu())
+        return x.square().mean()
 
 
-def test_behind_a_graph_break_rows_are_sampled_like_others():
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("named", [False, True], ids=["object", "name"])
+def test_around_a_graph_break_rows_are_sampled_like_others(late, named):
     x, _, mask = masked_batch()
-    backend = Backend(padding="attention_mask", **EARLY)
-    with pytest.warns(WtacrsWarning, match="this graph has no such input, though one before it had"):
-        torch.compile(Broken(), backend=backend)(x, mask).backward()
-    assert [(s.partition(":")[0], v) for s, v in backend.padding.items()] == [("a", "zero")]
-    assert len(backend.ledgers) == 2
+    options = {**EARLY, "padding": "attention_mask", "norms": PositionNorms()}
+    model = Broken(late)
+    compiled = (
+        torch.compile(model, backend="wtacrs", options=options)
+        if named
+        else torch.compile(model, backend=Backend(**options))
+    )
+    before = len(ledgers())
+    with pytest.warns(WtacrsWarning, match=r"this part of the model has no such input.* Its inputs are (x|unnamed)"):
+        compiled(x, mask).backward()
+    state = RowState.of(options["norms"])
+    assert [(s.partition(":")[0], t.verdict) for s, t in state.padding.items()] == [("a", "zero")]
+    assert len(ledgers()) - before == 2
+
+
+def test_parts_without_a_break_of_their_own():
+    """A module called between graphs, or a bucket of DDPOptimizer, is a whole graph: what tells it from a wrong name is that
+    another graph of the model had the argument. torch.compile hands both the same options."""
+    x, target, mask = masked_batch()
+    options, wrong = ({**EARLY, "padding": "attention_mask"} for _ in range(2))
+    model = Masked(layers=1)
+    torch.compile(model, backend="wtacrs", options=options)(x, target, mask)
+    part = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with pytest.warns(WtacrsWarning, match="this part of the model has no such input"):
+        torch.compile(part, backend="wtacrs", options=options)(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="padding='attention_mask': no such argument"):
+        torch.compile(part, backend="wtacrs", options=wrong)(x)
 
 
 def test_unknown_name_lists_the_arguments():

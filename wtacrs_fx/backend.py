@@ -28,7 +28,7 @@ from wtacrs_fx.names import Argument, dynamo_names
 from wtacrs_fx.norm_state import RowState, with_rows
 from wtacrs_fx.norms import NormSource, make_source
 from wtacrs_fx.passes.partition import partition
-from wtacrs_fx.private import TESTED, CustomPartitionerFn, functorch_config
+from wtacrs_fx.private import RESUMED, TESTED, CustomPartitionerFn, TracingContext, functorch_config
 
 _ledgers: deque[Ledger] = deque(maxlen=256)
 
@@ -159,21 +159,23 @@ class Backend:
                 compiled = with_rows(compiled, gm, names, self.rows, self._by_model, meter)
             return compiled, self.ledgers[-1] if len(self.ledgers) > made else None
 
-        config = self._config_of(names)
+        config = self._config_of(gm, names)
         if config.adapts:
             return Adaptive(config, build, example_inputs, self.calibrations.append).callable()
         return build(config, example_inputs)[0]
 
-    def _config_of(self, names: Sequence[str | None]) -> Config:
-        """The options for a graph with these inputs: without ``padding`` where an earlier graph had that argument and this one
-        has not, as behind a graph break or in a bucket of DDPOptimizer."""
-        has = self.config.padding in {name for name in names if isinstance(name, Argument)}
+    def _config_of(self, gm: GraphModule, names: Sequence[str | None]) -> Config:
+        """The options for a graph with these inputs: without ``padding`` where it is a part of a model and that argument is an
+        input of another part, as around a graph break or in a bucket of DDPOptimizer."""
+        arguments = [str(name) for name in names if isinstance(name, Argument)]
+        has = self.config.padding in arguments
         self._had_padding |= has
-        if has or not self._had_padding:
+        if self.config.padding is None or has or not (self._had_padding or around_break(gm)):
             return self.config
         warnings.warn(
-            f"wtacrs: padding={self.config.padding!r}: this graph has no such input, though one before it had, so its rows are "
-            "sampled like others. Behind a graph break only what is passed on by its name can be used.",
+            f"wtacrs: padding={self.config.padding!r}: this part of the model has no such input, so its rows are sampled like "
+            f"others. Its inputs are {', '.join(arguments) or 'unnamed'}. Behind a graph break only what is passed on by its "
+            "name can be used.",
             WtacrsWarning,
             stacklevel=2,
         )
@@ -207,7 +209,24 @@ def wtacrs(
     """
     backend = Backend(Config.from_options(options))
     backend._by_model = isinstance(backend.config.norms, str)
-    return backend(gm, example_inputs, mode=mode)
+    backend._had_padding = any(known is options for known in _padded)
+    compiled = backend(gm, example_inputs, mode=mode)
+    if backend._had_padding:
+        _padded.append(options)
+    return compiled
+
+
+_padded: deque[Mapping[str, Any] | None] = deque(maxlen=64)
+"""Options of models whose ``padding`` was an input of one of their graphs: torch.compile hands the same mapping to all graphs
+of a model. (It decides between an error and a warning where another graph has no such input, and nothing else.)"""
+
+
+def around_break(gm: GraphModule) -> bool:
+    """Whether a Dynamo graph ends or begins at a graph break, so that it need not have every input of the model."""
+    if getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
+        return True
+    traced = (TracingContext.get_traced_code() if TracingContext.try_get() else None) or ()
+    return any(code.co_name.startswith(RESUMED) for code in traced[:1])
 
 
 def row_state(config: Config) -> RowState:

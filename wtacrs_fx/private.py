@@ -59,6 +59,9 @@ USED = {
     "tree_map_only": Private("torch.utils._pytree", "the same, changed"),
     "OpOverload": Private("torch._ops", "what nodes call"),
     "inductor_prims": Private("torch._inductor", "registers the ops that draw Inductor's random numbers"),
+    "RESUMED": Private(
+        "torch._dynamo.resume_execution", "names of functions behind a graph break", "TORCH_DYNAMO_RESUME_IN_PREFIX"
+    ),
     "TracingContext": Private("torch._guards", "a traced graph is compiled again, with other ratios"),
     "tracing": Private("torch._guards", "the same"),
     # settings
