@@ -274,6 +274,19 @@ def test_resizing_beyond_memory_is_refused_before_it_is_done():
     assert source.tables["a"].examples == 8
 
 
+def test_resizing_between_forward_and_backward():
+    """A batch of examples that are gone by its backward leaves the cache as it is."""
+    source = SampleNorms(examples=8)
+    for ids in ((1, 7), (2, 3)):
+        source.begin(["a"], ids)
+        source.read("a", rows(4, 2, ids))
+        source.resize(4)
+        source.record("a", rows(4, 2, ids), torch.full((4,), float(ids[0])))
+        source.resize(8)
+    assert float(source.read("a", rows(2, 2, (2,)))[0]) == 2
+    assert source.tables["a"].snapshot()[:, 0].tolist() == [-1, -1, 2, 2, -1, -1, -1, -1]
+
+
 def test_a_model_made_again_for_a_checkpoint_has_the_name_of_the_one_that_is_gone():
     source, batch = SampleNorms(examples=8), transformer_batch()
 

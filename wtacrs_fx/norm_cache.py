@@ -103,7 +103,8 @@ class SampleNorms(NormSource):
 
     def record(self, site: str, rows: Rows, norms: Tensor) -> None:
         self.position.record(site, rows, norms)
-        if length := _length(rows):
+        length = _length(rows)
+        if length and max(rows.ids or ()) < self.size:  # (resized since the forward: there may be no room for these)
             self._table(site, length, rows.device).write(rows, norms.view(-1, length))
 
     def resize(self, examples: int) -> None:
