@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from torch import nn
 
 import wtacrs_fx
-from wtacrs_fx import Backend, SampleNorms, sample_ids
+from wtacrs_fx import Backend, PositionNorms, SampleNorms, WtacrsWarning, ledgers, sample_ids
+from wtacrs_fx.norm_state import RowState
 
 from helpers import SMALL, Transformer, gradients, transformer_batch
+from test_padding import Masked, masked_batch
 
 KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
 
@@ -58,21 +61,48 @@ def ddp_noise(rank, draws):
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
 
 
-def ddp_norms(rank):
+def ddp_norms(rank, buckets=25, width=64):
     """What a rank's norm source knows after two steps under DDP, and after the same two steps of one process alone."""
-    model, batch = model_and_batch(rank)
+    model, batch = model_and_batch(rank, width)
     twin = copy.deepcopy(model)
-    known = []
-    for module in (nn.parallel.DistributedDataParallel(model), twin):
+    known, graphs = [], []
+    for module in (nn.parallel.DistributedDataParallel(model, bucket_cap_mb=buckets), twin):
         source = SampleNorms(examples=16)
-        call = torch.compile(module, backend=Backend(**{**KEEP_ALL, "ratio": 0.9, "norms": source, "late": "exact"}))
+        backend = Backend(**{**KEEP_ALL, "ratio": 0.9, "norms": source, "late": "exact"})
+        call = torch.compile(module, backend=backend)
         torch.manual_seed(3)
         for _ in range(2):
             with sample_ids(range(8 * rank, 8 * rank + len(batch[0]))):
                 call(*batch).backward()
         tables = {site.removeprefix("module."): table.data for site, table in source.tables.items()}
-        known.append({"tables": tables, "means": list(source.position.mean.values())})
-    return {"together": known[0], "alone": known[1], "examples": len(batch[0])}
+        means = {site.removeprefix("module."): mean for site, mean in source.position.mean.items()}
+        known.append({"tables": tables, "means": means})
+        graphs.append(len(backend.ledgers))
+    return {"together": known[0], "alone": known[1], "examples": len(batch[0]), "graphs": graphs}
+
+
+def ddp_padding(rank, derived):
+    """Two buckets, the string backend, ``padding``: the second bucket is given the batch's mask, or one made of it."""
+    torch.manual_seed(0)
+    model, (x, target, mask) = Masked(width=192, layers=2), masked_batch()
+    model.derived = derived
+    x, target = transformer_batch(seed=rank, width=192)
+    twin, source = copy.deepcopy(model), PositionNorms()
+    options = {**KEEP_ALL, "padding": "attention_mask", "norms": source, "late": "exact"}
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=2)
+    call, before = torch.compile(wrapped, backend="wtacrs", options=options), len(ledgers())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.zero_grad()
+            call(x, target, mask).backward()
+    return {
+        "grads": grads(model),
+        "exact": gradients(twin, x, target, mask),
+        "graphs": len(ledgers()) - before,
+        "verdicts": {site: trial.verdict for site, trial in RowState.of(source).padding.items()},
+        "warnings": [str(w.message) for w in caught if isinstance(w.message, WtacrsWarning)],
+    }
 
 
 def fsdp(rank, whole=False):

@@ -17,12 +17,13 @@ EARLY = {**SMALL, "late": "exact", "inner": "eager", "ratio": 0.3, "estimator": 
 
 
 class Masked(Transformer):
-    """Keys of padding are not attended to, and padding is not pooled, unless ``leak``: then its first block's output is."""
+    """Keys of padding are not attended to, and padding is not pooled, unless ``leak``: then its first block's output is.
+    With ``derived`` the blocks are given a mask that is made of the argument, as Hugging Face's models make one."""
 
-    leak = False
+    leak = derived = False
 
     def forward(self, x, target, attention_mask):
-        mask = attention_mask[..., None].to(x.dtype)
+        attention_mask = 1 * attention_mask if self.derived else attention_mask
         for block in self.blocks:
             b, t, d = x.shape
             y = block.ln1(x)
@@ -30,6 +31,7 @@ class Masked(Transformer):
             scores = (q @ k.transpose(-1, -2) / 4).masked_fill(attention_mask[:, None, None] == 0, -1e9)
             x = x + block.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, t, d))
             x = x + block.down(nn.functional.gelu(block.up(block.ln2(x))))
+        mask = attention_mask[..., None].to(x.dtype)
         pooled = (x * mask).sum(1) / mask.sum(1)
         loss = nn.functional.cross_entropy(self.classifier(pooled), target)
         return loss + 0.1 * x.square().mean() if self.leak else loss

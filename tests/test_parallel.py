@@ -93,9 +93,11 @@ def test_ddp_is_unbiased_at_half_of_the_rows(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.works_with("Parallelism", "DDP with norms of gradients", "each rank keeps those of its own examples")
-def test_ddp_keeps_the_norms_of_its_own_examples(tmp_path):
-    for rank, result in enumerate(two_ranks("ddp_norms", tmp_path)):
+@pytest.mark.parametrize("arguments", ["{}", '{"buckets": 2, "width": 192}'], ids=["one", "buckets"])
+def test_ddp_keeps_the_norms_of_its_own_examples(arguments, tmp_path):
+    for rank, result in enumerate(two_ranks(f"ddp_norms:{arguments}", tmp_path)):
         together, alone = result["together"], result["alone"]
+        assert (result["graphs"][0] > result["graphs"][1]) == ("buckets" in arguments)
         assert len(together["tables"]) == 12
         assert together["tables"].keys() == alone["tables"].keys()
         mine = range(8 * rank, 8 * rank + result["examples"])
@@ -104,6 +106,22 @@ def test_ddp_keeps_the_norms_of_its_own_examples(tmp_path):
             seen = (table.float().nan_to_num() > 0).any(1).nonzero().flatten().tolist()
             assert seen == list(mine), f"{site}: examples of this rank and of no other"
         torch.testing.assert_close(together["means"], alone["means"])
+
+
+@pytest.mark.long
+@pytest.mark.works_with("Parallelism", "DDP with `padding`", "yes, in every bucket that is given the mask itself")
+@pytest.mark.parametrize("derived", [False, True])
+def test_ddp_with_padding(derived, tmp_path):
+    results = two_ranks(f'ddp_padding:{{"derived": {str(derived).lower()}}}', tmp_path)
+    for result in results:
+        assert result["graphs"] == 3
+        assert set(result["verdicts"].values()) == {"zero"}
+        assert (len(result["verdicts"]) >= 11) != derived, "the first bucket is one layer, before any attention"
+        without = [w for w in result["warnings"] if "this part of the model has no such input" in w]
+        assert len(without) == (2 if derived else 1)
+        for name, grad in result["grads"].items():
+            want = (results[0]["exact"][name] + results[1]["exact"][name]) / 2
+            torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.long
