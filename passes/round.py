@@ -17,7 +17,6 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -27,9 +26,6 @@ from wtacrs_fx.passes.factors import Factor, linear_source
 from wtacrs_fx.passes.kinds import Kind, is_tangent
 from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
-
-wtacrs = torch.ops.wtacrs
-
 
 ROUNDED, CODES = "wtacrs_rounded", "wtacrs_codes"
 """Marks (in ``meta``) of a forward's nodes: of a tensor that is rounded, its name; of what is made of it, a :class:`Codes`."""
@@ -176,7 +172,7 @@ def codes(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Dr
     def function(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         return quantise(x.permute(order), key, form)
 
-    key = emit(wtacrs.stream_key.default, draws.seed(tensor)[0], draws.stream())
+    key = draws.key(tensor)
     written: Sequence[Node] = emit.inline(function, tensor, key)
     return tuple(written)
 

@@ -17,6 +17,7 @@ from wtacrs_fx.passes.budget import Partition, Uncut, make_planner, memory_optio
 from wtacrs_fx.passes.collapse import collapse
 from wtacrs_fx.passes.convolutions import split_convolutions
 from wtacrs_fx.passes.costly import spread_costly
+from wtacrs_fx.passes.defer import defer_codes, share_exponentials
 from wtacrs_fx.passes.draws import Draws
 from wtacrs_fx.passes.dropout import draw_masks
 from wtacrs_fx.passes.factors import find_factors, rounded_types, share
@@ -294,6 +295,9 @@ class Work:
         forward, backward = self.cut(module, outputs, cse=False)
         severed.join(forward, self.num_fwd_outputs)
         if self.roundings:
+            with watch("defer_codes", forward.graph, self.config.verbose):
+                defer_codes(forward.graph)
+                share_exponentials(forward.graph)
             with watch("spread_costly", forward.graph, self.config.verbose):
                 spread_costly(forward.graph)
         with watch("unfold_late_sums", backward.graph, self.config.verbose):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from test_padding import Masked, masked_batch
 from torch import nn
 
 import wtacrs_fx
@@ -16,7 +17,6 @@ from wtacrs_fx import Backend, PositionNorms, SampleNorms, WtacrsWarning, ledger
 from wtacrs_fx.norm_state import RowState
 
 from helpers import SMALL, Transformer, gradients, transformer_batch
-from test_padding import Masked, masked_batch
 
 KEEP_ALL = {"ratio": 0.9999, "inner": "eager", **SMALL}
 

@@ -87,6 +87,9 @@ def split(seed: Tensor, n: int) -> Tensor:
 
 def key(seed: Tensor, stream: int) -> Tensor:
     """int32 [2], the start of a stream for a generator with a key of two words. Args as for :func:`uniform`."""
+    if seed.device.type == "cpu" and seed.shape == (1,):  # (a tenth of the time of fifteen operations)
+        first = _finalise(int(seed) + mix_host(stream))
+        return torch.tensor([(w ^ 2**31) - 2**31 for w in (first & 0xFFFFFFFF, first >> 32)], dtype=torch.int32)
     start = _start(seed, stream)
     words = torch.cat([start, _shift(start, 32)]) & (2**32 - 1)
     return ((words ^ 2**31) - 2**31).to(torch.int32)
@@ -148,7 +151,12 @@ def _mix(z: Tensor) -> Tensor:
 
 def mix_host(z: int) -> int:
     """The start of a stream, 64 bits, made of its number."""
-    z = (z + _GOLDEN) & (2**64 - 1)
+    return _finalise(z + _GOLDEN)
+
+
+def _finalise(z: int) -> int:
+    """:func:`_mix` of a Python integer; 64 bits without a sign."""
+    z &= 2**64 - 1
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
     return z ^ (z >> 31)

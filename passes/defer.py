@@ -1,0 +1,131 @@
+"""Act: make the codes of a tensor where it is computed anyway, and compute an exponential once.
+
+A gated unit, ``silu(gate) * up``, is computed when both products are there. Codes of ``silu(gate)`` that are made behind the
+first product take a kernel more, which reads ``gate`` and computes the exponential, twice as every rounding does. Behind the
+second one they share both with the unit itself and with the codes of its derivative.
+
+Before::
+
+    gate = mm(...); t = silu(gate); codes = t - amin(t) ...; up = mm(...); unit = t * up; more = up * sigmoid(gate) ...
+
+After (``codes``, ``unit`` and ``more`` in one kernel)::
+
+    gate = mm(...); t = silu(gate); up = mm(...); codes = t - amin(t) ...; unit = t * up; more = up * (1 / (1 + exp(-gate))) ...
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch.fx import Graph, Node
+
+from wtacrs_fx.passes.kernels import Facts, find_kernels
+from wtacrs_fx.passes.policy import view_base
+from wtacrs_fx.passes.round import CODES, ROUNDED
+from wtacrs_fx.passes.sites import graph_outputs
+
+aten = torch.ops.aten
+
+
+def defer_codes(graph: Graph) -> int:
+    """Move the codes of every tensor that is in no memory of its own in front of the tensor's next reader, where a library call
+    lies in between. Nothing is in memory for longer: that reader is computed from what the tensor is computed from.
+
+    Args:
+        graph: a partitioned forward whose kernels will run in the order of the graph.
+
+    Returns: of how many tensors.
+    """
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    facts, position = Facts(), {n: i for i, n in enumerate(nodes)}
+    returned = {view_base(v) for v in graph_outputs(graph) if isinstance(v, Node)}
+    written = {k.node for k in find_kernels(nodes, (), returned, facts.nothing_costly())}
+    calls = [position[n] for n in nodes if facts.library(n)]
+    count = 0
+    for tensor in [n for n in nodes if ROUNDED in n.meta and n not in written]:
+        making = _between(
+            tensor, [n for n in nodes if CODES in n.meta and n.meta[CODES].tensor == tensor.meta[ROUNDED]]
+        )
+        readers = _read_into_memory(tensor, written, making)
+        if not making or not readers:
+            continue
+        first, reader = (min(found, key=position.__getitem__) for found in (making, readers))
+        if not any(position[first] < call < position[reader] for call in calls):
+            continue
+        if all(u in making or u not in position for n in making for u in n.users):
+            for node in sorted(making, key=position.__getitem__):
+                reader.prepend(node)
+            count += 1
+    return count
+
+
+def share_exponentials(graph: Graph) -> int:
+    """Write ``sigmoid(x)`` as ``1 / (1 + exp(-x))`` where that sum is there, of ``silu(x)`` as Inductor decomposes it, and only
+    codes are made from the sigmoid. Returns how many."""
+    count = 0
+    for node in graph.find_nodes(op="call_function", target=aten.sigmoid.default):
+        sums = _one_plus_exp(node.args[0])
+        if not sums or not _is_for_codes(node):
+            continue
+        for step in sums:  # (which may stand behind the sigmoid)
+            node.prepend(step)
+        with graph.inserting_before(node):
+            inverse = graph.call_function(aten.reciprocal.default, (sums[-1],))
+        inverse.meta = dict(node.meta)
+        node.replace_all_uses_with(inverse)
+        graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _between(tensor: Node, codes: list[Node]) -> set[Node]:
+    """What is computed from the tensor for these codes, and they."""
+    below, stack = set(), [tensor]
+    while stack:
+        new = {u for u in stack.pop().users if u.op == "call_function"} - below
+        below |= new
+        stack += new
+    found: set[Node] = set()
+    stack = [n for n in codes if n in below]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [a for a in node.all_input_nodes if a in below]
+    return found
+
+
+def _read_into_memory(tensor: Node, written: Collection[Node], making: Collection[Node]) -> set[Node]:
+    """What is in memory and computed from the tensor without a step in memory, besides its codes."""
+    found, seen, stack = set(), {tensor}, [tensor]
+    while stack:
+        new = {u for u in stack.pop().users if u.op == "call_function" and u not in making} - seen
+        seen |= new
+        found |= new & set(written)
+        stack += new - set(written)
+    return found
+
+
+def _one_plus_exp(x: object) -> tuple[Node, ...]:
+    """``-x``, ``exp(-x)`` and ``1 + exp(-x)``, if the graph has them."""
+    found = [(n, e, s) for n in _users(x, aten.neg) for e in _users(n, aten.exp) for s in _users(e, aten.add)]
+    return next(((n, e, s) for n, e, s in found if s.args in ((e, 1), (1, e)) and not s.kwargs), ())
+
+
+def _users(node: object, packet: object) -> list[Node]:
+    users = list(node.users) if isinstance(node, Node) else []
+    return [u for u in users if getattr(u.target, "overloadpacket", None) is packet]
+
+
+def _is_for_codes(node: Node) -> bool:
+    """Whether all that is computed from a node ends in codes."""
+    seen, stack = {node}, [node]
+    while stack:
+        at = stack.pop()
+        if CODES in at.meta:
+            continue
+        if any(u.op == "output" for u in at.users):
+            return False
+        new = set(at.users) - seen
+        seen |= new
+        stack += new
+    return True

@@ -1,0 +1,225 @@
+"""Codes are made where their tensor is computed anyway, with one exponential for a gated unit and its derivative."""
+
+import re
+
+import pytest
+import torch
+from test_costly import KEY, traced
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+from wtacrs_fx import Backend, measure
+from wtacrs_fx.passes import work
+from wtacrs_fx.passes.defer import defer_codes, share_exponentials
+from wtacrs_fx.passes.round import CODES, ROUNDED, Codes
+from wtacrs_fx.rounding import Format, quantise
+
+from helpers import SMALL, Recorder, calls, gradients
+
+aten = torch.ops.aten
+FORM = Format(8)
+ROUND = {**SMALL, "ratio": 1.0, "round_bits": 8, "memory_budget": None}
+
+
+def marked(function, *inputs):
+    """A traced function (tensor, results, codes...) whose tensor and codes say so; the tensor is no result any more."""
+    module = traced(function, *inputs)
+    output = module.graph.output_node()
+    tensor, *results = output.args[0]
+    tensor.meta[ROUNDED] = "t"
+    for i, node in enumerate(results[-3:]):
+        node.meta[CODES] = Codes("t", i, 3, [0, 1], FORM)
+    output.args = (tuple(results),)
+    module.recompile()
+    return module
+
+
+def gated(x, a, b, key):
+    gate = x @ a
+    silu = gate / (1 + (-gate).exp())
+    codes = quantise(silu, key, FORM)
+    return silu, (silu * (x @ b)) @ b.T, *codes
+
+
+def two_readers(x, a, b, key):
+    gate = x @ a
+    silu = gate / (1 + (-gate).exp())
+    codes = quantise(silu, key, FORM)
+    unit = silu * (x @ b)
+    return silu, unit @ b.T, (silu + unit @ b.T @ b) @ b.T, *codes
+
+
+@pytest.mark.parametrize("function", [gated, two_readers])
+def test_codes_move_behind_the_call_to_the_first_reader(function):
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 128), torch.randn(128, 256) / 11, torch.randn(128, 256) / 11, KEY
+    module = marked(function, *inputs)
+    expected, count = module(*inputs), len(module.graph.nodes)
+    assert _products_before_the_range(module) == 1
+    assert defer_codes(module.graph) == 1
+    module.graph.lint()
+    module.recompile()
+    assert _products_before_the_range(module) == 2
+    assert len(module.graph.nodes) == count
+    assert all(torch.equal(a, b) for a, b in zip(module(*inputs), expected))
+    assert defer_codes(module.graph) == 0
+
+
+def _products_before_the_range(module):
+    targets = [n.target for n in module.graph.nodes]
+    return targets[: targets.index(aten.amin.default)].count(aten.mm.default)
+
+
+def in_memory(x, a, b, key):
+    """A product reads the tensor first."""
+    silu = F.silu(x @ a)
+    codes = quantise(silu, key, FORM)
+    return silu, silu @ b.T, silu * (x @ b), *codes
+
+
+def no_call_between(x, a, b, key):
+    silu = F.silu(x @ a)
+    codes = quantise(silu, key, FORM)
+    return silu, (silu * silu.tanh()) @ b.T, *codes
+
+
+def no_other_reader(x, a, b, key):
+    silu = F.silu(x @ a)
+    return silu, x @ b, *quantise(silu, key, FORM)
+
+
+def range_is_read(x, a, b, key):
+    """What the codes are made with is a result of its own."""
+    silu = F.silu(x @ a)
+    codes, low, step = quantise(silu, key, FORM)
+    scaled = (low * 2) @ torch.ones(2, 2)
+    return silu, silu * (x @ b), scaled, codes, low, step
+
+
+@pytest.mark.parametrize("function", [in_memory, no_call_between, no_other_reader, range_is_read])
+def test_codes_stay_where_they_are(function):
+    module = marked(function, torch.randn(64, 128), torch.randn(128, 256), torch.randn(128, 256), KEY)
+    before = [n.name for n in module.graph.nodes]
+    assert defer_codes(module.graph) == 0
+    assert [n.name for n in module.graph.nodes] == before
+
+
+def derivative(x, a, b, key):
+    """The codes' tensor is computed from a sigmoid that stands in front of the exponential's sum."""
+    gate = x @ a
+    t = gate.sigmoid() * (x @ b)
+    codes = quantise(t, key, FORM)
+    return t, (gate / (1 + (-gate).exp())) @ b.T, *codes
+
+
+def test_a_sigmoid_behind_codes_takes_the_exponential_that_is_there():
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 128), torch.randn(128, 256) / 11, torch.randn(128, 256) / 11, KEY
+    module = marked(derivative, *inputs)
+    expected = module(*inputs)
+    assert (calls(module, aten.sigmoid.default), calls(module, aten.exp.default)) == (1, 1)
+    assert share_exponentials(module.graph) == 1
+    module.graph.lint()
+    module.recompile()
+    assert (calls(module, aten.sigmoid.default), calls(module, aten.exp.default)) == (0, 1)
+    assert calls(module, aten.reciprocal.default) > 0
+    got = module(*inputs)
+    assert torch.equal(got[0], expected[0])
+    for a, b in zip(got[1:], expected[1:]):
+        assert (a.double() - b.double()).abs().max() <= 1 + 1e-5 * b.double().abs().max(), "at most the next code"
+    assert (got[1] != expected[1]).double().mean() < 1e-3
+    assert share_exponentials(module.graph) == 0
+
+
+def sigmoid_is_a_result(x, a, b, key):
+    gate = x @ a
+    sigmoid = gate.sigmoid()
+    return sigmoid, (gate / (1 + (-gate).exp())) @ b.T, sigmoid * 2, *quantise(sigmoid, key, FORM)
+
+
+def no_exponential(x, a, b, key):
+    t = (x @ a).sigmoid()
+    return t, x @ b, *quantise(t, key, FORM)
+
+
+def of_another(x, a, b, key):
+    gate, up = x @ a, x @ b
+    t = up.sigmoid()
+    return t, (gate / (1 + (-gate).exp())) @ b.T, *quantise(t, key, FORM)
+
+
+def another_sum(x, a, b, key):
+    gate = x @ a
+    t = gate.sigmoid()
+    return t, (gate / (2 + (-gate).exp())) @ b.T, *quantise(t, key, FORM)
+
+
+@pytest.mark.parametrize("function", [sigmoid_is_a_result, no_exponential, of_another, another_sum])
+def test_a_sigmoid_stays(function):
+    module = marked(function, torch.randn(64, 128), torch.randn(128, 256), torch.randn(128, 256), KEY)
+    assert share_exponentials(module.graph) == 0
+    assert calls(module, aten.sigmoid.default) == 1
+
+
+class Unit(nn.Module):
+    """Gated units, one behind the other."""
+
+    def __init__(self, activation, layers=2):
+        super().__init__()
+        self.activation = activation
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.Linear(128, 256), nn.Linear(128, 256), nn.Linear(256, 128)]) for _ in range(layers)
+        )
+
+    def forward(self, x):
+        for gate, up, down in self.layers:
+            x = x + down(self.activation(gate(x)) * up(x))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, torch.sigmoid, lambda x: F.gelu(x, approximate="tanh")])
+def test_gated_units(activation, dtype, monkeypatch):
+    """The loss is exact, the codes are those that would be made earlier, and gradients are close to exact ones."""
+    torch.manual_seed(0)
+    model, x = Unit(activation).to(dtype), torch.randn(256, 128, dtype=dtype)
+    torch._dynamo.reset()
+    exact_loss = torch.compile(model, backend="aot_eager_decomp_partition")(x)
+    exact = gradients(model, x)
+    counts: list[int] = []
+
+    def run(defer):
+        monkeypatch.setattr(work, "defer_codes", lambda graph: counts.append(defer(graph)))
+        monkeypatch.setattr(work, "share_exponentials", lambda graph: 0)
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        recorder = Recorder(**ROUND, inner="eager")
+        compiled = torch.compile(model, backend=recorder)
+        assert torch.equal(compiled(x), exact_loss)
+        torch.manual_seed(1)
+        return gradients(model, x, call=compiled)
+
+    now, early = run(defer_codes), run(lambda graph: 0)
+    assert counts == [2, 0]
+    assert all(torch.equal(now[n], early[n]) for n in now)
+    assert all(
+        measure.relative_error(now, {n: g}) < (5e-4 if dtype is torch.float32 else 5e-3) for n, g in exact.items()
+    )
+
+
+def test_one_exponential_a_pass():
+    """The forward's kernels compute the exponential of a gated unit twice: for the ranges, and for the codes and the unit.
+    (Silu's codes, the derivative's and the unit would each do so on their own.)"""
+    torch.manual_seed(0)
+    model, x = Unit(F.silu, layers=1), torch.randn(256, 128)
+    exact = gradients(model, x)
+    torch._dynamo.reset()
+    backend = Backend(**ROUND)
+    compiled = torch.compile(model, backend=backend)
+    found: list[dict] = []
+    _, (forward, _) = run_and_get_code(lambda: found.append(gradients(model, x, call=compiled)))
+    assert len(re.findall(r"\.exp\(\)", forward)) == 2, forward
+    assert "sigmoid" not in forward
+    assert len(backend.ledger.compressed) >= 3
+    assert all(measure.relative_error(found[0], {n: g}) < 5e-4 for n, g in exact.items())
