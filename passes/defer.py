@@ -13,6 +13,7 @@ After (``codes``, ``unit`` and ``more`` in one kernel)::
     gate = mm(...); t = silu(gate); up = mm(...); codes = t - amin(t) ...; unit = t * up; more = up * (1 / (1 + exp(-gate))) ...
 """
 
+import bisect
 from collections.abc import Collection
 
 import torch
@@ -25,10 +26,14 @@ from wtacrs_fx.passes.sites import graph_outputs
 
 aten = torch.ops.aten
 
+KEY = torch.ops.wtacrs.stream_key.default
+
 
 def defer_codes(graph: Graph) -> int:
     """Move the codes of every tensor that is in no memory of its own in front of the tensor's next reader, where a library call
-    lies in between. Nothing is in memory for longer: that reader is computed from what the tensor is computed from.
+    lies in between. Nothing is in memory for longer: that reader is computed from what the tensor is computed from. Keys of
+    random numbers are calls too, and keep Inductor from fusing what is before and behind them: where codes have moved, those of
+    such tensors are made at the start. (Others stay, in front of kernels that need less memory on their own.)
 
     Args:
         graph: a partitioned forward whose kernels will run in the order of the graph.
@@ -39,23 +44,45 @@ def defer_codes(graph: Graph) -> int:
     facts, position = Facts(), {n: i for i, n in enumerate(nodes)}
     returned = {view_base(v) for v in graph_outputs(graph) if isinstance(v, Node)}
     written = {k.node for k in find_kernels(nodes, (), returned, facts.nothing_costly())}
-    calls = [position[n] for n in nodes if facts.library(n)]
-    count = 0
-    for tensor in [n for n in nodes if ROUNDED in n.meta and n not in written]:
-        making = _between(
-            tensor, [n for n in nodes if CODES in n.meta and n.meta[CODES].tensor == tensor.meta[ROUNDED]]
-        )
+    calls = [position[n] for n in nodes if facts.library(n) and n.target is not KEY]
+    places: dict[Node, int] = {}  # tensor -> how many calls run before its codes are made
+    moved, count = set(), 0
+    for tensor in [n for n in nodes if ROUNDED in n.meta and facts.base(n) not in written]:
+        making = _between(tensor, _codes_of(tensor))
         readers = _read_into_memory(tensor, written, making)
-        if not making or not readers:
+        if not making:
             continue
-        first, reader = (min(found, key=position.__getitem__) for found in (making, readers))
-        if not any(position[first] < call < position[reader] for call in calls):
-            continue
-        if all(u in making or u not in position for n in making for u in n.users):
+        first = min(making, key=position.__getitem__)
+        reader = min(readers, key=position.__getitem__, default=first)
+        before, places[tensor] = (bisect.bisect(calls, position[n]) for n in (first, reader))
+        if before < places[tensor] and all(u in making or u not in position for n in making for u in n.users):
             for node in sorted(making, key=position.__getitem__):
                 reader.prepend(node)
+            moved.add(places[tensor])
             count += 1
+        else:
+            places[tensor] = before
+    for tensor in [t for t, place in places.items() if place in moved]:
+        _make_key_first(tensor)
     return count
+
+
+def _codes_of(tensor: Node) -> list[Node]:
+    return [n for n in tensor.graph.nodes if CODES in n.meta and n.meta[CODES].tensor == tensor.meta[ROUNDED]]
+
+
+def _make_key_first(tensor: Node) -> None:
+    """Put the key of a tensor's random numbers right behind the seed, which is the first of all."""
+    stack = _codes_of(tensor)
+    seen = {tensor, *stack}
+    while stack:
+        node = stack.pop()
+        if node.target is KEY:
+            node.args[0].append(node)  # type: ignore[union-attr]
+        else:
+            new = {a for a in node.all_input_nodes if a.op == "call_function"} - seen
+            seen |= new
+            stack += new
 
 
 def share_exponentials(graph: Graph) -> int:

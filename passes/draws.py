@@ -36,15 +36,6 @@ class Draws:
             self._seeds[device] = (seed, self.severed.cut(seed))
         return self._seeds[device]
 
-    def key(self, like: Node) -> Node:
-        """The key of one rounding's random numbers. Keys are made in front of everything else: a library call between two
-        kernels is a place where Inductor does not fuse them."""
-        seed, _ = self.seed(like)
-        with self.graph.inserting_before(self.start):
-            emit = Emitter(self.graph, like, tag="must_be_in_forward")
-            key: Node = emit(wtacrs.stream_key.default, seed, self.stream())
-        return key
-
     def stream(self) -> int:
         """A number that no other draw of this graph has."""
         self._streams += 1

@@ -17,6 +17,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -26,6 +27,8 @@ from wtacrs_fx.passes.factors import Factor, linear_source
 from wtacrs_fx.passes.kinds import Kind, is_tangent
 from wtacrs_fx.passes.sizes import hint
 from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
+
+wtacrs = torch.ops.wtacrs
 
 ROUNDED, CODES = "wtacrs_rounded", "wtacrs_codes"
 """Marks (in ``meta``) of a forward's nodes: of a tensor that is rounded, its name; of what is made of it, a :class:`Codes`."""
@@ -172,7 +175,7 @@ def codes(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Dr
     def function(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         return quantise(x.permute(order), key, form)
 
-    key = draws.key(tensor)
+    key = emit(wtacrs.stream_key.default, draws.seed(tensor)[0], draws.stream())
     written: Sequence[Node] = emit.inline(function, tensor, key)
     return tuple(written)
 

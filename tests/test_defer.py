@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from wtacrs_fx import Backend, measure
 from wtacrs_fx.passes import work
+from wtacrs_fx.passes.defer import KEY as KEY_OP
 from wtacrs_fx.passes.defer import defer_codes, share_exponentials
 from wtacrs_fx.passes.round import CODES, ROUNDED, Codes
 from wtacrs_fx.rounding import Format, quantise
@@ -78,6 +79,13 @@ def in_memory(x, a, b, key):
     return silu, silu @ b.T, silu * (x @ b), *codes
 
 
+def view_of_memory(x, a, b, key):
+    """Heads of a product's result, which another product reads later."""
+    view = (x @ a).view(64, 8, 32)
+    codes = quantise(view.flatten(1), key, FORM)
+    return view, (view * 2 + (x @ b).view(64, 8, 32)), *codes
+
+
 def no_call_between(x, a, b, key):
     silu = F.silu(x @ a)
     codes = quantise(silu, key, FORM)
@@ -97,7 +105,7 @@ def range_is_read(x, a, b, key):
     return silu, silu * (x @ b), scaled, codes, low, step
 
 
-@pytest.mark.parametrize("function", [in_memory, no_call_between, no_other_reader, range_is_read])
+@pytest.mark.parametrize("function", [in_memory, view_of_memory, no_call_between, no_other_reader, range_is_read])
 def test_codes_stay_where_they_are(function):
     module = marked(function, torch.randn(64, 128), torch.randn(128, 256), torch.randn(128, 256), KEY)
     before = [n.name for n in module.graph.nodes]
@@ -206,6 +214,20 @@ def test_gated_units(activation, dtype, monkeypatch):
     assert all(
         measure.relative_error(now, {n: g}) < (5e-4 if dtype is torch.float32 else 5e-3) for n, g in exact.items()
     )
+
+
+def test_keys_of_moved_codes_come_first():
+    """Those of the activation and of the derivative; the unit, which is in memory, keeps a kernel of its own for its codes."""
+    torch.manual_seed(0)
+    model, x = Unit(F.silu), torch.randn(256, 128)
+    recorder = Recorder(**ROUND, inner="eager")
+    torch._dynamo.reset()
+    gradients(model, x, call=torch.compile(model, backend=recorder))
+    targets = [n.target for n in recorder.forward[0].graph.nodes if n.op == "call_function"]
+    first = targets.index(aten.addmm.default)
+    assert targets[:first].count(KEY_OP) == 4
+    assert targets[first:].count(KEY_OP) >= 2
+    assert sum(c.bits == 8 for c in recorder.ledger.compressed) == targets.count(KEY_OP)
 
 
 def test_one_exponential_a_pass():
