@@ -295,10 +295,9 @@ class Work:
         forward, backward = self.cut(module, outputs, cse=False)
         severed.join(forward, self.num_fwd_outputs)
         if self.roundings:
-            with watch("defer_codes", forward.graph, self.config.verbose):
-                defer_codes(forward.graph)
+            with watch("defer_codes, spread_costly", forward.graph, self.config.verbose):
+                defer_codes(forward.graph, self.config.memory_budget is None)
                 share_exponentials(forward.graph)
-            with watch("spread_costly", forward.graph, self.config.verbose):
                 spread_costly(forward.graph)
         with watch("unfold_late_sums", backward.graph, self.config.verbose):
             unfold_late_sums(backward.graph)

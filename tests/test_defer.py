@@ -198,7 +198,7 @@ def test_gated_units(activation, dtype, monkeypatch):
     counts: list[int] = []
 
     def run(defer):
-        monkeypatch.setattr(work, "defer_codes", lambda graph: counts.append(defer(graph)))
+        monkeypatch.setattr(work, "defer_codes", lambda graph, _: counts.append(defer(graph)))
         monkeypatch.setattr(work, "share_exponentials", lambda graph: 0)
         torch._dynamo.reset()
         torch.manual_seed(1)
@@ -216,18 +216,22 @@ def test_gated_units(activation, dtype, monkeypatch):
     )
 
 
-def test_keys_of_moved_codes_come_first():
-    """Those of the activation and of the derivative; the unit, which is in memory, keeps a kernel of its own for its codes."""
+@pytest.mark.parametrize(("together", "moved"), [(True, 6), (False, 4)])
+def test_keys_of_moved_codes_come_first(together, moved, monkeypatch):
+    """Those of the activation and of the derivative, and without a budget those of the unit, which is in memory."""
     torch.manual_seed(0)
     model, x = Unit(F.silu), torch.randn(256, 128)
+    asked = []
+    monkeypatch.setattr(work, "defer_codes", lambda g, together_: asked.append(together_) or defer_codes(g, together))
     recorder = Recorder(**ROUND, inner="eager")
     torch._dynamo.reset()
     gradients(model, x, call=torch.compile(model, backend=recorder))
     targets = [n.target for n in recorder.forward[0].graph.nodes if n.op == "call_function"]
-    first = targets.index(aten.addmm.default)
-    assert targets[:first].count(KEY_OP) == 4
-    assert targets[first:].count(KEY_OP) >= 2
-    assert sum(c.bits == 8 for c in recorder.ledger.compressed) == targets.count(KEY_OP)
+    assert targets[: targets.index(aten.addmm.default)].count(KEY_OP) == moved
+    assert sum(c.bits == 8 for c in recorder.ledger.compressed) == targets.count(KEY_OP) > moved
+    gradients(model, x, call=torch.compile(model, backend=Backend(**{**ROUND, "memory_budget": 0.7}, inner="eager")))
+    assert asked[0] is True
+    assert set(asked[1:]) == {False}
 
 
 def test_one_exponential_a_pass():
