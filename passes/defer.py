@@ -67,7 +67,7 @@ def defer_codes(graph: Graph, together: bool = False) -> int:
     for tensor in [n for n in nodes if ROUNDED in n.meta and moved]:
         if tensor not in places and together:
             codes = [n for n in _codes_of(tensor) if n.target is not KEY]
-            places[tensor] = min(bisect.bisect(calls, position[n]) for n in codes)
+            places[tensor] = min((bisect.bisect(calls, position[n]) for n in codes), default=-1)
         if places.get(tensor) in moved:
             _make_key_first(tensor)
     return count
@@ -99,8 +99,9 @@ def share_exponentials(graph: Graph) -> int:
         sums = _one_plus_exp(node.args[0])
         if not sums or not _is_for_codes(node):
             continue
-        for step in sums:  # (which may stand behind the sigmoid)
-            node.prepend(step)
+        for step in sums:
+            if node < step:
+                node.prepend(step)
         with graph.inserting_before(node):
             inverse = graph.call_function(aten.reciprocal.default, (sums[-1],))
         inverse.meta = dict(node.meta)

@@ -121,10 +121,19 @@ def derivative(x, a, b, key):
     return t, (gate / (1 + (-gate).exp())) @ b.T, *codes
 
 
-def test_a_sigmoid_behind_codes_takes_the_exponential_that_is_there():
+def derivative_later(x, a, b, key):
+    """It stands behind the sum, and behind what else reads that."""
+    gate = x @ a
+    unit = (gate / (1 + (-gate).exp())) @ b.T
+    t = gate.sigmoid() * (x @ b)
+    return t, unit, *quantise(t, key, FORM)
+
+
+@pytest.mark.parametrize("function", [derivative, derivative_later])
+def test_a_sigmoid_behind_codes_takes_the_exponential_that_is_there(function):
     torch.manual_seed(0)
     inputs = torch.randn(64, 128), torch.randn(128, 256) / 11, torch.randn(128, 256) / 11, KEY
-    module = marked(derivative, *inputs)
+    module = marked(function, *inputs)
     expected = module(*inputs)
     assert (calls(module, aten.sigmoid.default), calls(module, aten.exp.default)) == (1, 1)
     assert share_exponentials(module.graph) == 1

@@ -165,7 +165,7 @@ class Config:
     )
     round_float64: bool = _option(
         False,
-        "Round tensors of float64 too. Their scales are float32: what lies outside of its range becomes infinite.",
+        "Round tensors of float64 too. Their scales have the range of float32: what lies outside of it becomes infinite.",
     )
     pack_masks: bool = _option(
         True, "Hand masks (of dropout, ReLU) to the backward as one bit an element instead of one byte. Without loss."
