@@ -14,7 +14,7 @@ After (``codes``, ``unit`` and ``more`` in one kernel)::
 """
 
 import bisect
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch.fx import Graph, Node
@@ -47,48 +47,55 @@ def defer_codes(graph: Graph, together: bool = False) -> int:
     returned = {view_base(v) for v in graph_outputs(graph) if isinstance(v, Node)}
     written = {k.node for k in find_kernels(nodes, (), returned, facts.nothing_costly())}
     calls = [position[n] for n in nodes if facts.library(n) and n.target is not KEY]
-    places: dict[Node, int] = {}  # tensor -> how many calls run before its codes are made
-    moved, count = set(), 0
-    for tensor in [n for n in nodes if ROUNDED in n.meta and facts.base(n) not in written]:
-        making = _between(tensor, _codes_of(tensor))
-        readers = _read_into_memory(tensor, written, making)
-        if not making:
+    codes: dict[str, list[Node]] = {}
+    for node in nodes:
+        if CODES in node.meta:
+            codes.setdefault(node.meta[CODES].tensor, []).append(node)
+    rounded = [_Making(n, codes.get(n.meta[ROUNDED], ())) for n in nodes if ROUNDED in n.meta]
+    rounded = [r for r in rounded if r.nodes]
+    moved: set[int] = set()
+    count = 0
+    for r in rounded:
+        r.place = bisect.bisect(calls, position[r.nodes[0]])
+        readers = _read_into_memory(r.tensor, written, r.nodes)
+        if facts.base(r.tensor) in written or not readers:
             continue
-        first = min(making, key=position.__getitem__)
-        reader = min(readers, key=position.__getitem__, default=first)
-        before, places[tensor] = (bisect.bisect(calls, position[n]) for n in (first, reader))
-        if before < places[tensor] and all(u in making or u not in position for n in making for u in n.users):
-            for node in sorted(making, key=position.__getitem__):
+        reader = min(readers, key=position.__getitem__)
+        place = bisect.bisect(calls, position[reader])
+        if r.place < place and position[r.nodes[-1]] < position[reader] and r.is_read_by_nothing_else():
+            for node in r.nodes:
                 reader.prepend(node)
-            moved.add(places[tensor])
+            r.place = place
+            moved.add(place)
             count += 1
-        else:
-            places[tensor] = before
-    for tensor in [n for n in nodes if ROUNDED in n.meta and moved]:
-        if tensor not in places and together:
-            codes = [n for n in _codes_of(tensor) if n.target is not KEY]
-            places[tensor] = min((bisect.bisect(calls, position[n]) for n in codes), default=-1)
-        if places.get(tensor) in moved:
-            _make_key_first(tensor)
+    for r in rounded:
+        if r.place in moved and (together or facts.base(r.tensor) not in written):
+            for key in r.keys:  # (right behind the seed, which is the first of all)
+                key.args[0].append(key)  # type: ignore[union-attr]
     return count
 
 
-def _codes_of(tensor: Node) -> list[Node]:
-    return [n for n in tensor.graph.nodes if CODES in n.meta and n.meta[CODES].tensor == tensor.meta[ROUNDED]]
+class _Making:
+    """What is computed for the codes of a tensor: ``nodes``, in order, and the ``keys`` of random numbers that they read."""
 
+    def __init__(self, tensor: Node, codes: Iterable[Node]) -> None:
+        self.tensor, self.place = tensor, 0
+        found: set[Node] = set()
+        stack = list(codes)
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                if node is not tensor and node.target is not KEY:
+                    stack += [n for n in node.all_input_nodes if n.op == "call_function"]
+        if tensor not in found:  # (codes of a copy)
+            found = set()
+        self.keys = [n for n in found if n.target is KEY]
+        self.nodes = sorted(found - {tensor, *self.keys})
 
-def _make_key_first(tensor: Node) -> None:
-    """Put the key of a tensor's random numbers right behind the seed, which is the first of all."""
-    stack = _codes_of(tensor)
-    seen = {tensor, *stack}
-    while stack:
-        node = stack.pop()
-        if node.target is KEY:
-            node.args[0].append(node)  # type: ignore[union-attr]
-        else:
-            new = {a for a in node.all_input_nodes if a.op == "call_function"} - seen
-            seen |= new
-            stack += new
+    def is_read_by_nothing_else(self) -> bool:
+        inside = set(self.nodes)
+        return all(u in inside or u.op == "output" for n in self.nodes for u in n.users)
 
 
 def share_exponentials(graph: Graph) -> int:
@@ -97,7 +104,8 @@ def share_exponentials(graph: Graph) -> int:
     count = 0
     for node in graph.find_nodes(op="call_function", target=aten.sigmoid.default):
         sums = _one_plus_exp(node.args[0])
-        if not sums or not _is_for_codes(node):
+        narrow = node.meta["val"].dtype in (torch.bfloat16, torch.float16)  # (where every step rounds)
+        if not sums or narrow or not _is_for_codes(node):
             continue
         for step in sums:
             if node < step:
@@ -111,32 +119,14 @@ def share_exponentials(graph: Graph) -> int:
     return count
 
 
-def _between(tensor: Node, codes: list[Node]) -> set[Node]:
-    """What is computed from the tensor for these codes, and they."""
-    below: set[Node] = set()
-    stack = [tensor]
-    while stack:
-        new = {u for u in stack.pop().users if u.op == "call_function"} - below
-        below |= new
-        stack += new
-    found: set[Node] = set()
-    stack = [n for n in codes if n in below]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += [a for a in node.all_input_nodes if a in below]
-    return found
-
-
 def _read_into_memory(tensor: Node, written: Collection[Node], making: Collection[Node]) -> set[Node]:
     """What is in memory and computed from the tensor without a step in memory, besides its codes."""
-    found, seen, stack = set(), {tensor}, [tensor]
+    found, seen, stack = set(), {tensor, *making}, [tensor]
     while stack:
-        new = {u for u in stack.pop().users if u.op == "call_function" and u not in making} - seen
+        new = {u for u in stack.pop().users if u.op == "call_function"} - seen
         seen |= new
-        found |= new & set(written)
-        stack += new - set(written)
+        found |= {u for u in new if u in written}
+        stack += [u for u in new if u not in written]
     return found
 
 

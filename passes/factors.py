@@ -140,7 +140,9 @@ def share(factors: Iterable[Factor], kinds: Mapping[Node, Kind], types: Sequence
     result = []
     for root, family in families.items():
         common = [n for n in family[0][1] if all(n in lineage for _, lineage in family) and not _is_rearranged(n)]
-        tensor = min(common or [root], key=lambda n: written_bytes([*map(hint, n.meta["val"].shape)], Format(8)))
+        tensor = min(
+            common or [root], key=lambda n: written_bytes([*map(hint, n.meta["val"].shape)], Format(8, scale_bits=16))
+        )
         result.append(Shared(tensor, tuple(factor for factor, _ in family), root))
     return [s for s in result if is_rounded(s.tensor, types)]
 

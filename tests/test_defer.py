@@ -19,7 +19,15 @@ from wtacrs_fx.rounding import Format, quantise
 from helpers import SMALL, Recorder, calls, gradients
 
 aten = torch.ops.aten
-FORM = Format(8)
+FORM = Format(8, scale_bits=16)
+
+
+@pytest.fixture(params=[FORM, Format(4, scale_bits=16, group=64)], ids=["8 bits", "4 bits"])
+def form(request, monkeypatch):
+    """In 4 bits the key is one of the results."""
+    monkeypatch.setitem(globals(), "FORM", request.param)
+
+
 ROUND = {**SMALL, "ratio": 1.0, "round_bits": 8, "memory_budget": None}
 
 
@@ -29,8 +37,10 @@ def marked(function, *inputs):
     output = module.graph.output_node()
     tensor, *results = output.args[0]
     tensor.meta[ROUNDED] = "t"
-    for i, node in enumerate(results[-3:]):
-        node.meta[CODES] = Codes("t", i, 3, [0, 1], FORM)
+    parts = [n for n in results if n.meta["val"].dtype in (torch.uint8, torch.int32)]
+    assert len(parts) == (3 if FORM.dithered else 2)
+    for i, node in enumerate(parts):
+        node.meta[CODES] = Codes("t", i, len(parts), [0, 1], FORM)
     output.args = (tuple(results),)
     module.recompile()
     return module
@@ -51,6 +61,7 @@ def two_readers(x, a, b, key):
     return silu, unit @ b.T, (silu + unit @ b.T @ b) @ b.T, *codes
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("function", [gated, two_readers])
 def test_codes_move_behind_the_call_to_the_first_reader(function):
     torch.manual_seed(0)
@@ -100,11 +111,11 @@ def no_other_reader(x, a, b, key):
 def range_is_read(x, a, b, key):
     """What the codes are made with is a result of its own."""
     silu = F.silu(x @ a)
-    codes, low, step = quantise(silu, key, FORM)
-    scaled = (low * 2) @ torch.ones(2, 2)
-    return silu, silu * (x @ b), scaled, codes, low, step
+    codes, scales, *key = quantise(silu, key, FORM)
+    return silu, silu * (x @ b), (scales * 2).sum(), codes, scales, *key
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("function", [in_memory, view_of_memory, no_call_between, no_other_reader, range_is_read])
 def test_codes_stay_where_they_are(function):
     module = marked(function, torch.randn(64, 128), torch.randn(128, 256), torch.randn(128, 256), KEY)

@@ -26,6 +26,23 @@ def test_opcheck_stream_key(seed):
     opcheck(ops.stream_key.default, (seed, 2))
 
 
+@pytest.mark.parametrize("stream", [0, 1, 4, 400])
+def test_a_key_on_the_host_is_that_of_tensors(stream):
+    g = torch.Generator().manual_seed(stream)
+    random = torch.randint(-(2**63), 2**63 - 1, (100,), generator=g)
+    for seed in (*random.split(1), torch.tensor([0]), torch.tensor([-1]), torch.tensor([-(2**63)])):
+        key = rng.key(seed, stream)
+        assert torch.equal(key, _key_of_tensors(seed, stream))
+        assert key.dtype is torch.int32
+
+
+def _key_of_tensors(seed, stream):
+    """The start of a stream as :func:`wtacrs_fx.rng.uniform` has it, in two words."""
+    start = rng._start(seed, stream)
+    words = torch.cat([start, start >> 32]) & (2**32 - 1)
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_opcheck_split_seeds(n):
     opcheck(ops.split_seeds.default, (torch.arange(n),))

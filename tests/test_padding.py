@@ -1,5 +1,7 @@
 """Rows that the batch's mask calls padding: never kept once it is seen that they have no gradient."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -180,9 +182,31 @@ def test_around_a_graph_break_rows_are_sampled_like_others(late, named):
     assert len(ledgers()) - before == 2
 
 
+def test_a_wrong_name_in_a_model_with_a_break_is_warned_of_in_every_part():
+    x, _, mask = masked_batch()
+    compiled = torch.compile(Broken(late=False), backend="wtacrs", options={**EARLY, "padding": "mask"})
+    with pytest.warns(WtacrsWarning, match="this part of the model has no such input") as caught:
+        compiled(x, mask).backward()
+    inputs = [str(w.message).partition("Its inputs are ")[2].partition(".")[0] for w in caught]
+    assert [sorted(i.split(", ")) for i in inputs if i] == [["attention_mask", "x"], ["x"]]
+
+
+def test_no_warning_where_nothing_is_sampled():
+    """A part without a layer, and the whole without gradients."""
+    x, _, mask = masked_batch()
+    model = Broken(late=False)
+    model.b = nn.Identity()
+    compiled = torch.compile(model, backend="wtacrs", options={**EARLY, "padding": "attention_mask"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WtacrsWarning)
+        with torch.no_grad():
+            compiled(x, mask)
+        compiled(x, mask).backward()
+
+
 def test_parts_without_a_break_of_their_own():
-    """A module called between graphs, or a bucket of DDPOptimizer, is a whole graph: what tells it from a wrong name is that
-    another graph of the model had the argument. torch.compile hands both the same options."""
+    """A module called between graphs is a whole graph: what tells it from a wrong name is that another graph of the model had
+    the argument. torch.compile hands both the same options."""
     x, target, mask = masked_batch()
     options, wrong = ({**EARLY, "padding": "attention_mask"} for _ in range(2))
     model = Masked(layers=1)
@@ -198,7 +222,7 @@ def test_parts_without_a_break_of_their_own():
 def test_unknown_name_lists_the_arguments():
     model, batch = Masked(layers=1), masked_batch()
     compiled = torch.compile(model, backend=Backend(padding="mask", **EARLY))
-    with pytest.raises(Exception, match=r"padding='mask': no such argument.* are attention_mask, x, target"):
+    with pytest.raises(Exception, match=r"padding='mask': no such argument.* are x, attention_mask, target"):
         compiled(*batch)
     with pytest.raises(TypeError, match="padding=True"):
         Backend(padding=True)

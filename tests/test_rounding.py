@@ -186,7 +186,7 @@ def test_noise_is_half_and_none_is_put_into_zeros(bits, scale_bits):
     assert (rounded(sparse, form)[sparse == 0] == 0).all()
 
 
-@pytest.mark.parametrize("form", [Format(8), Format(4), Format(4, scale_bits=16), Format(2, scale_bits=16)])
+@pytest.mark.parametrize("form", [Format(8), Format(4), *(Format(bits, scale_bits=16) for bits in BITS)])
 @pytest.mark.parametrize("bad", [(float("nan"),), (float("inf"),), (-float("inf"),), (3e38, -3e38)])
 def test_what_is_not_finite_spoils_its_group_only(bad, form):
     """A range that float32 does not hold does so too."""

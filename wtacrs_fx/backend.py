@@ -53,6 +53,8 @@ class Partitioner(CustomPartitionerFn):
         self.ledgers: list[Ledger] = []
         self.inductor: dict[str, Any] = {}
         """Inductor's options that the last partition asks for."""
+        self.if_sampled = ""
+        """A warning, should rows be sampled."""
 
     def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
         forward, backward, ledger = partition(gm, joint_inputs, config=self.config, names=self.names, **kwargs)
@@ -69,7 +71,8 @@ class Partitioner(CustomPartitionerFn):
         _ledgers.append(ledger)
         if self.config.verbose:
             print(ledger.table(), file=sys.stderr)
-        for message in complaints(ledger, self.config):
+        missing = [self.if_sampled] if self.if_sampled and ledger.sampled else []
+        for message in (*missing, *complaints(ledger, self.config)):
             warnings.warn(message, WtacrsWarning, stacklevel=2)
 
     def uuid(self) -> str:
@@ -153,33 +156,31 @@ class Backend:
             config: Config, inputs: Sequence[Any], meter: Measurement | None = None
         ) -> tuple[Callable[..., Any], Ledger | None]:
             partition_fn, made = Partitioner(config.without_state(), names), len(self.ledgers)
-            partition_fn.ledgers = self.ledgers
+            partition_fn.ledgers, partition_fn.if_sampled = self.ledgers, missing
             compiled = self._compiled(gm, inputs, partition_fn, mode)
             if config.has_state or meter is not None:
                 compiled = with_rows(compiled, gm, names, self.rows, self._by_model, meter)
             return compiled, self.ledgers[-1] if len(self.ledgers) > made else None
 
-        config = self._config_of(gm, names)
+        missing = self._missing_padding(gm, names)
+        config = replace(self.config, padding=None) if missing else self.config
         if config.adapts:
             return Adaptive(config, build, example_inputs, self.calibrations.append).callable()
         return build(config, example_inputs)[0]
 
-    def _config_of(self, gm: GraphModule, names: Sequence[str | None]) -> Config:
-        """The options for a graph with these inputs: without ``padding`` where it is a part of a model and that argument is an
-        input of another part, as around a graph break or in a bucket of DDPOptimizer."""
+    def _missing_padding(self, gm: GraphModule, names: Sequence[str | None]) -> str:
+        """What to say where ``padding`` is left out: the graph is a part of a model, and that argument is an input of another
+        part, as around a graph break or in a bucket of DDPOptimizer. Empty if it is not."""
         arguments = [str(name) for name in names if isinstance(name, Argument)]
         has = self.config.padding in arguments
         self._had_padding |= has
         if self.config.padding is None or has or not (self._had_padding or around_break(gm)):
-            return self.config
-        warnings.warn(
+            return ""
+        return (
             f"wtacrs: padding={self.config.padding!r}: this part of the model has no such input, so its rows are sampled like "
             f"others. Its inputs are {', '.join(arguments) or 'unnamed'}. Behind a graph break only what is passed on by its "
-            "name can be used.",
-            WtacrsWarning,
-            stacklevel=2,
+            "name can be used."
         )
-        return replace(self.config, padding=None)
 
     def _compiled(
         self, gm: GraphModule, example_inputs: Sequence[Any], partition_fn: Partitioner, mode: str | None
@@ -209,16 +210,16 @@ def wtacrs(
     """
     backend = Backend(Config.from_options(options))
     backend._by_model = isinstance(backend.config.norms, str)
-    backend._had_padding = any(known is options for known in _padded)
+    backend._had_padding = id(options) in _padded
     compiled = backend(gm, example_inputs, mode=mode)
     if backend._had_padding:
-        _padded.append(options)
+        _padded.add(id(options))
     return compiled
 
 
-_padded: deque[Mapping[str, Any] | None] = deque(maxlen=64)
-"""Options of models whose ``padding`` was an input of one of their graphs: torch.compile hands the same mapping to all graphs
-of a model. (It decides between an error and a warning where another graph has no such input, and nothing else.)"""
+_padded: set[int] = set()
+"""Options (their ids) of models whose ``padding`` was an input of one of their graphs: torch.compile hands the same mapping to
+all graphs of a model. It decides between an error and a warning where another graph has no such input, and nothing else."""
 
 
 def around_break(gm: GraphModule) -> bool:

@@ -5,7 +5,8 @@ A value x of a group with smallest value l and largest value h is written on a g
     q = floor((x - l) / s + u),   s = (h - l) / (2^bits - 1),   u uniform in [0, 1),        x' = l + s q,
 
 so that ``E[x'] = x``, ``|x' - x| < s`` and ``Var[x'] = s^2 f (1 - f)``, f being the place of x between two points of the grid:
-s^2 / 6 for a value anywhere. A group whose values are all equal, or take only two values, is written exactly in 8 bits.
+s^2 / 6 for a value anywhere. With scales of 32 bits a group whose values are all equal, or take only two values, is written
+exactly in 8 bits.
 (Stochastic rounding of activations for the backward: Chen et al., ActNN, ICML 2021, arXiv 2104.14129, section 3.2; here the
 rounded tensors are operands that the gradient is linear in.)
 
@@ -38,7 +39,7 @@ KEY_BYTES = 8
 """Of the key of the random numbers that are subtracted again."""
 
 _TINY = 2.0**-126
-"""Smallest step: that of a group of equal values, which is then written exactly, and of denormal ones."""
+"""Smallest step: that of a group of equal values, which scales of 32 bits then write exactly, and of denormal ones."""
 
 
 @dataclass(frozen=True)
