@@ -89,8 +89,8 @@ def key(seed: Tensor, stream: int) -> Tensor:
     """int32 [2], the start of a stream for a generator with a key of two words. Args as for :func:`uniform`."""
     if seed.device.type == "cpu" and seed.shape == (1,):  # (a tenth of the time of fifteen operations)
         first = _finalise(int(seed) + mix_host(stream))
-        words = [(w ^ 2**31) - 2**31 for w in (first & 0xFFFFFFFF, first >> 32)]
-        return torch.tensor(words, dtype=torch.int32, device=seed.device)
+        signed = [(w ^ 2**31) - 2**31 for w in (first & 0xFFFFFFFF, first >> 32)]
+        return torch.tensor(signed, dtype=torch.int32, device=seed.device)
     start = _start(seed, stream)
     words = torch.cat([start, _shift(start, 32)]) & (2**32 - 1)
     return ((words ^ 2**31) - 2**31).to(torch.int32)
