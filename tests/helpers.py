@@ -125,6 +125,8 @@ class Moments:
         self.n = 0
         self.total: dict[str, Tensor] = {}
         self.square: dict[str, Tensor] = {}
+        self.vectors: dict[str, list[Tensor]] = {}
+        """Every draw of what has one dimension."""
 
     def add(self, grads: Mapping[str, Tensor]) -> None:
         self.n += 1
@@ -132,6 +134,8 @@ class Moments:
             g = grad.double()
             self.total[name] = self.total.get(name, 0) + g
             self.square[name] = self.square.get(name, 0) + g * g
+            if g.dim() == 1:
+                self.vectors.setdefault(name, []).append(g)
 
     def mean(self, name: str) -> Tensor:
         return self.total[name] / self.n
@@ -145,6 +149,18 @@ class Moments:
         difference = self.mean(name) - exact.double()
         floor = 1e-6 * exact.double().abs().max() + 1e-30
         return difference / (self.standard_error(name) + floor)
+
+    def largest_rms(self, name: str, sigmas: float = 5.0) -> float:
+        """What the root mean square of the z-scores may be by chance. Where the noise lies in r directions of about equal size,
+        r their mean square is 1 with a standard deviation of sqrt(2 / r); ``r = tr(C)^2 / tr(C^2)`` for the correlations C of
+        a vector's elements. Of matrices: 1.5."""
+        if name not in self.vectors:
+            return 1.5
+        x = torch.stack(self.vectors[name])
+        x = (x - x.mean(0)) / (x.std(0) + 1e-300)
+        products = x @ x.T
+        r = products.trace() ** 2 / products.square().sum()
+        return float((1 + sigmas * (2 / r).sqrt()).sqrt())
 
 
 def calls(graph_module: GraphModule, target: Any) -> int:
