@@ -42,6 +42,20 @@ def defer_codes(graph: Graph, together: bool = False) -> int:
 
     Returns: of how many tensors.
     """
+    rounded, moves = _decide(graph)
+    for r, reader in moves:
+        for node in r.nodes:
+            reader.prepend(node)
+    places = {r.place for r, _ in moves}
+    for r in rounded:
+        if r.place in places and (together or not r.in_memory):
+            for key in r.keys:  # (right behind the seed, which is the first of all)
+                key.args[0].append(key)  # type: ignore[union-attr]
+    return len(moves)
+
+
+def _decide(graph: Graph) -> tuple[list["_Making"], list[tuple["_Making", Node]]]:
+    """What is rounded, with the places where its codes will be; and which codes move in front of which node."""
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     facts, position = Facts(), {n: i for i, n in enumerate(nodes)}
     returned = {view_base(v) for v in graph_outputs(graph) if isinstance(v, Node)}
@@ -51,35 +65,29 @@ def defer_codes(graph: Graph, together: bool = False) -> int:
     for node in nodes:
         if CODES in node.meta:
             codes.setdefault(node.meta[CODES].tensor, []).append(node)
-    rounded = [_Making(n, codes.get(n.meta[ROUNDED], ())) for n in nodes if ROUNDED in n.meta]
-    rounded = [r for r in rounded if r.nodes]
-    moved: set[int] = set()
-    count = 0
+    found = [_Making(n, codes.get(n.meta[ROUNDED], ())) for n in nodes if ROUNDED in n.meta]
+    rounded = [r for r in found if r.nodes]
+    moves = []
     for r in rounded:
         r.place = bisect.bisect(calls, position[r.nodes[0]])
-        readers = _read_into_memory(r.tensor, written, r.nodes)
-        if facts.base(r.tensor) in written or not readers:
+        r.in_memory = facts.base(r.tensor) in written
+        readers = set() if r.in_memory else _read_into_memory(r.tensor, written, r.nodes)
+        if not readers:
             continue
         reader = min(readers, key=position.__getitem__)
         place = bisect.bisect(calls, position[reader])
         if r.place < place and position[r.nodes[-1]] < position[reader] and r.is_read_by_nothing_else():
-            for node in r.nodes:
-                reader.prepend(node)
             r.place = place
-            moved.add(place)
-            count += 1
-    for r in rounded:
-        if r.place in moved and (together or facts.base(r.tensor) not in written):
-            for key in r.keys:  # (right behind the seed, which is the first of all)
-                key.args[0].append(key)  # type: ignore[union-attr]
-    return count
+            moves.append((r, reader))
+    return rounded, moves
 
 
 class _Making:
-    """What is computed for the codes of a tensor: ``nodes``, in order, and the ``keys`` of random numbers that they read."""
+    """What is computed for the codes of a tensor: ``nodes``, in order, and the ``keys`` of random numbers that they read.
+    ``place`` is how many library calls run before; ``in_memory``, whether the tensor is."""
 
     def __init__(self, tensor: Node, codes: Iterable[Node]) -> None:
-        self.tensor, self.place = tensor, 0
+        self.tensor, self.place, self.in_memory = tensor, 0, False
         found: set[Node] = set()
         stack = list(codes)
         while stack:
