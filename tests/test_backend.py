@@ -22,11 +22,12 @@ TESTS = Path(__file__).parent
 
 
 def run(code: str, cache: Path, **env: str) -> str:
-    """Run Python code in a new process with its own compile cache; its last line of output."""
+    """Run Python code in a new process with its own compile cache; its last line of output. (Not in the cache: a
+    folder that Inductor names by a hash, "z3", would be the module that torch asks for.)"""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(TESTS), **env},
-        cwd=cache,
+        cwd=TESTS,
         capture_output=True,
         text=True,
         timeout=300,
