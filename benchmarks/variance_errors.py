@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import wtacrs_fx.ops  # noqa: F401  (registers stream_key)
 from wtacrs_fx.directions import limit
 from wtacrs_fx.estimators import ESTIMATORS, Uniform, sanitize, winner_count
 from wtacrs_fx.norms import floored
 from wtacrs_fx.passes.center import FORM
-from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
+from wtacrs_fx.rng import short_uniform
+from wtacrs_fx.rounding import Format, dequantise, number_count, quantise, written_bytes
 
 AS_IS = 16
 """Bits of rows that are not rounded: those of training in bfloat16."""
@@ -57,7 +57,7 @@ class Layer:
         if directions := limit(directions, self.h.shape[1]):
             basis = torch.ops.wtacrs.principal_directions(self.h, mean, self.real.float(), directions)
             exact = (rest @ basis.T).T.contiguous()
-            written = quantise(exact, torch.ops.wtacrs.stream_key(torch.tensor([0]), 0), FORM)
+            written = quantise(exact, short_uniform(torch.tensor([0]), 0, number_count(exact.shape)), FORM)
             rest = rest - dequantise(written, exact.shape, exact.dtype, FORM).T @ basis
         return Layer(rest, self.g, self.sequence)
 
@@ -70,8 +70,8 @@ def row_bytes(width: int, bits: int) -> int:
     """Bytes of one kept row of so many features, with its index and scales."""
     if bits == AS_IS:
         return 2 * width + INDEX_BYTES
-    one, two = (written_bytes((n, width), Format(bits, scale_bits=16)) for n in (1, 2))
-    return two - one + INDEX_BYTES  # (the key is that of all rows)
+    some, more = (written_bytes((n, width), Format(bits, scale_bits=16)) for n in (64, 65))
+    return more - some + INDEX_BYTES  # (random numbers of columns are those of all rows)
 
 
 def rows_for(bytes_of: int, width: int, bits: int, rows: int, besides: int = 0) -> int:
@@ -95,8 +95,8 @@ def rounding_error(h: Tensor, bits: int, draws: int = 2) -> Tensor:
         return total
     form = Format(bits, scale_bits=16)
     for i in range(draws):
-        key = torch.ops.wtacrs.stream_key(torch.tensor([i]), i)
-        total += (dequantise(quantise(h, key, form), h.shape, h.dtype, form) - h).square().sum(1) / draws
+        numbers = short_uniform(torch.tensor([i]), i, number_count(h.shape))
+        total += (dequantise(quantise(h, numbers, form), h.shape, h.dtype, form) - h).square().sum(1) / draws
     return total
 
 

@@ -26,14 +26,14 @@ from wtacrs_fx.passes.sites import graph_outputs
 
 aten = torch.ops.aten
 
-KEY = torch.ops.wtacrs.stream_key.default
+NUMBERS = torch.ops.wtacrs.short_uniform.default
 
 
 def defer_codes(graph: Graph, together: bool = False) -> int:
     """Move the codes of every tensor that is in no memory of its own in front of the tensor's next reader, where a library call
-    lies in between. Nothing is in memory for longer: that reader is computed from what the tensor is computed from. Keys of
-    random numbers are calls too, and keep Inductor from fusing what is before and behind them: where codes have moved, those of
-    such tensors are made at the start.
+    lies in between. Nothing is in memory for longer: that reader is computed from what the tensor is computed from. Random
+    numbers are calls too, and keep Inductor from fusing what is before and behind them: where codes have moved, those of such
+    tensors are drawn right behind the library call before.
 
     Args:
         graph: a partitioned forward whose kernels will run in the order of the graph.
@@ -49,8 +49,9 @@ def defer_codes(graph: Graph, together: bool = False) -> int:
     places = {r.place for r, _ in moves}
     for r in rounded:
         if r.place in places and (together or not r.in_memory):
-            for key in r.keys:  # (right behind the seed, which is the first of all)
-                key.args[0].append(key)  # type: ignore[union-attr]
+            for numbers in r.numbers:
+                if not any(r.call < n for n in numbers.all_input_nodes):  # (a size may be known later)
+                    r.call.append(numbers)
     return len(moves)
 
 
@@ -60,7 +61,8 @@ def _decide(graph: Graph) -> tuple[list["_Making"], list[tuple["_Making", Node]]
     facts, position = Facts(), {n: i for i, n in enumerate(nodes)}
     returned = {view_base(v) for v in graph_outputs(graph) if isinstance(v, Node)}
     written = {k.node for k in find_kernels(nodes, (), returned, facts.nothing_costly())}
-    calls = [position[n] for n in nodes if facts.library(n) and n.target is not KEY]
+    calls = [n for n in nodes if facts.library(n) and n.target is not NUMBERS]  # (the first draws the seed)
+    places = [position[n] for n in calls]
     codes: dict[str, list[Node]] = {}
     for node in nodes:
         if CODES in node.meta:
@@ -69,37 +71,39 @@ def _decide(graph: Graph) -> tuple[list["_Making"], list[tuple["_Making", Node]]
     rounded = [r for r in found if r.nodes]
     moves = []
     for r in rounded:
-        r.place = bisect.bisect(calls, position[r.nodes[0]])
+        r.place = bisect.bisect(places, position[r.nodes[0]])
         r.in_memory = facts.base(r.tensor) in written
         readers = set() if r.in_memory else _read_into_memory(r.tensor, written, r.nodes)
         if not readers:
             continue
         reader = min(readers, key=position.__getitem__)
-        place = bisect.bisect(calls, position[reader])
+        place = bisect.bisect(places, position[reader])
         if r.place < place and position[r.nodes[-1]] < position[reader] and r.is_read_by_nothing_else():
             r.place = place
             moves.append((r, reader))
+    for r in rounded:
+        r.call = calls[max(0, r.place - 1)]
     return rounded, moves
 
 
 class _Making:
-    """What is computed for the codes of a tensor: ``nodes``, in order, and the ``keys`` of random numbers that they read.
-    ``place`` is how many library calls run before; ``in_memory``, whether the tensor is."""
+    """What is computed for the codes of a tensor: ``nodes``, in order, and the random ``numbers`` that they read.
+    ``place`` is how many library calls run before and ``call`` the last of them; ``in_memory``, whether the tensor is."""
 
     def __init__(self, tensor: Node, codes: Iterable[Node]) -> None:
-        self.tensor, self.place, self.in_memory = tensor, 0, False
+        self.tensor, self.place, self.call, self.in_memory = tensor, 0, tensor, False
         found: set[Node] = set()
         stack = list(codes)
         while stack:
             node = stack.pop()
             if node not in found:
                 found.add(node)
-                if node is not tensor and node.target is not KEY:
+                if node is not tensor and node.target is not NUMBERS:
                     stack += [n for n in node.all_input_nodes if n.op == "call_function"]
         if tensor not in found:  # (codes of a copy)
             found = set()
-        self.keys = [n for n in found if n.target is KEY]
-        self.nodes = sorted(found - {tensor, *self.keys})
+        self.numbers = [n for n in found if n.target is NUMBERS]
+        self.nodes = sorted(found - {tensor, *self.numbers})
 
     def is_read_by_nothing_else(self) -> bool:
         inside = set(self.nodes)

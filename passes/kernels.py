@@ -163,8 +163,10 @@ def is_library_call(node: Node) -> bool:
     """Whether Inductor computes the node outside of its own kernels, from and to memory."""
     if node.op != "call_function" or node.target is operator.getitem or is_view(node):
         return False
+    if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool)):
+        return False  # (a size)
     if not isinstance(node.target, OpOverload):
-        return not isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool))
+        return True
     if node.target in REDUCTIONS or node.target in _POINTWISE:
         return False
     return torch.Tag.pointwise not in node.target.tags

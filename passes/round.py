@@ -6,7 +6,7 @@ Before (gelu_grad is computed in the backward from x, which is saved)::
 
 After::
 
-    (forward)   codes: u8[B T, D], low: f32[B, T, 1], step: f32[B, T, 1] = quantise(gelu_grad, key)
+    (forward)   codes: u8[B T, D], low: f32[B, T, 1], step: f32[B, T, 1] = quantise(gelu_grad, numbers)
     (backward)  mul: f32[B, T, D] = g * (low + step * codes)
 
 The rounded tensors are computed in the forward and handed to the backward by construction (``sever``), so that a draw is never
@@ -26,7 +26,7 @@ from wtacrs_fx.passes.emit import Emitter, memory_order
 from wtacrs_fx.passes.factors import Factor, linear_source
 from wtacrs_fx.passes.kinds import Kind, is_tangent
 from wtacrs_fx.passes.sizes import hint
-from wtacrs_fx.rounding import Format, dequantise, quantise, written_bytes
+from wtacrs_fx.rounding import Format, dequantise, number_count, quantise, written_bytes
 
 wtacrs = torch.ops.wtacrs
 
@@ -164,19 +164,21 @@ def _read(graph: Graph, env: Mapping[Node, Node], rounding: Rounding, written: S
 
 
 def write(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Draws) -> tuple[Node, ...]:
-    """Codes and scales of a tensor whose dimensions are written in this order, computed in the forward with a key of their
-    own; returns the backward's."""
+    """Codes and scales of a tensor whose dimensions are written in this order, computed in the forward with numbers of
+    their own; returns the backward's."""
     return tuple(draws.severed.cut(w) for w in codes(emit, tensor, order, form, draws))
 
 
 def codes(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Draws) -> tuple[Node, ...]:
     """The same; returns the forward's."""
 
-    def function(x: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-        return quantise(x.permute(order), key, form)
+    stream = draws.stream()
 
-    key = emit(wtacrs.stream_key.default, draws.seed(tensor)[0], draws.stream())
-    written: Sequence[Node] = emit.inline(function, tensor, key)
+    def function(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        x = x.permute(order)
+        return quantise(x, wtacrs.short_uniform(seed, stream, number_count(x.shape)), form)
+
+    written: Sequence[Node] = emit.inline(function, tensor, draws.seed(tensor)[0])
     return tuple(written)
 
 

@@ -269,7 +269,8 @@ def test_rows_are_kept_as_often_as_they_should_be(kind):
     assert not len(z) or (z.abs().max() < 6.5 and z.square().mean() < 1.3)
     from wtacrs_fx import select_kernel  # (needs Triton)
 
-    assert torch.equal(select_kernel.key(seed, 12).cpu(), rng.key(seed.cpu(), 12))
+    for n in (1, 7, 5000):
+        assert torch.equal(select_kernel.short_uniform(seed, 12, n).cpu(), rng.short_uniform(seed.cpu(), 12, n))
 
 
 def test_time_model():

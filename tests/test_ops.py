@@ -22,25 +22,23 @@ def test_opcheck_draw_seed():
 
 
 @pytest.mark.parametrize("seed", [torch.tensor([3]), torch.tensor([-(2**62)])])
-def test_opcheck_stream_key(seed):
-    opcheck(ops.stream_key.default, (seed, 2))
+@pytest.mark.parametrize("n", [1, 10])
+def test_opcheck_short_uniform(seed, n):
+    opcheck(ops.short_uniform.default, (seed, 2, n))
 
 
 @pytest.mark.parametrize("stream", [0, 1, 4, 400])
-def test_a_key_on_the_host_is_that_of_tensors(stream):
+def test_short_numbers_are_the_words_of_long_ones(stream):
+    """Every word of the generator is four of them, its lowest bits first; the start, made on the host, is that of tensors."""
     g = torch.Generator().manual_seed(stream)
     random = torch.randint(-(2**63), 2**63 - 1, (100,), generator=g)
     for seed in (*random.split(1), torch.tensor([0]), torch.tensor([-1]), torch.tensor([-(2**63)])):
-        key = rng.key(seed, stream)
-        assert torch.equal(key, _key_of_tensors(seed, stream))
-        assert key.dtype is torch.int32
-
-
-def _key_of_tensors(seed, stream):
-    """The start of a stream as :func:`wtacrs_fx.rng.uniform` has it, in two words."""
-    start = rng._start(seed, stream)
-    words = torch.cat([start, start >> 32]) & (2**32 - 1)
-    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+        short = rng.short_uniform(seed, stream, 10)
+        assert short.dtype is torch.float32
+        words = rng._words(rng._start(seed, stream), 3)
+        parts = torch.stack([words >> (16 * i) for i in range(4)], 1).flatten()[:10] & 0xFFFF
+        assert torch.equal(short, ((parts ^ 0x8000) / 2**16).float())
+        assert torch.equal(short, rng.short_uniform(seed, stream, 12)[:10])
 
 
 @pytest.mark.parametrize("n", [1, 5])

@@ -16,7 +16,6 @@ from wtacrs_fx.errors import BudgetError, ReportError
 from wtacrs_fx.inductor import compile_inductor, uncompiled
 from wtacrs_fx.ledger import Ledger, Saved
 from wtacrs_fx.presets import PRESETS
-from wtacrs_fx.rounding import KEY_BYTES
 
 from helpers import SMALL, Transformer, transformer_batch
 from small_presets import small
@@ -215,7 +214,7 @@ def test_rounded_tensors_have_lines_of_their_own():
         ("gelu", True, ("Linear",)),
         ("gelu", False, ("gelu",)),
     }
-    assert all(t.bytes_now == 128 * 64 // 2 + 2 * 2 * 128 + KEY_BYTES for t in bits)
+    assert all(t.bytes_now == 128 * 64 // 2 + 2 * 2 * 128 + 4 * (128 + 64) for t in bits)
     gone = [t for t in ledger.tensors if t.reason == "what is computed from it is held in fewer bits"]
     assert [t.module for t in gone] == ["layers.0", "layers.1", "layers.2"]
     assert sum(t.bytes_now for t in ledger.tensors) == ledger.saved_bytes

@@ -79,8 +79,8 @@ def test_kinds_of_sites(kind):
     assert torch.equal(compiled(x), forward)
     lines = recorder.ledger.compressed
     assert any(line.bits > 1 for line in lines), recorder.ledger.table()
-    assert calls(recorder.forward[0], wtacrs.stream_key.default) == sum(c.bits > 1 for c in lines)
-    assert calls(recorder.backward[0], wtacrs.stream_key.default) == 0
+    assert calls(recorder.forward[0], wtacrs.short_uniform.default) == sum(c.bits > 1 for c in lines)
+    assert calls(recorder.backward[0], wtacrs.short_uniform.default) == 0
     before, now = (n - x.nbytes for n in (recorder.ledger.saved_bytes_exact, recorder.ledger.saved_bytes))  # x is saved
     assert now < 0.5 * before, recorder.ledger.table()
     moments, along = Moments(), {name: [] for name in exact}

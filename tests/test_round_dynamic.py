@@ -9,7 +9,7 @@ from torch import nn
 
 import wtacrs_fx
 from wtacrs_fx import Backend, WtacrsWarning, measure
-from wtacrs_fx.rounding import BITS, Format, dequantise, pack, quantise, unpack, written_bytes
+from wtacrs_fx.rounding import BITS, Format, dequantise, number_count, pack, quantise, unpack, written_bytes
 
 from helpers import Moments, Recorder, Transformer, gradients, transformer_batch
 
@@ -36,9 +36,10 @@ def test_codes_by_row(bits):
 def test_formats_by_row(bits):
     """The same numbers as by the whole tensor, in as many bytes: only their places differ."""
     torch.manual_seed(0)
-    x, key = torch.randn(6, 10, 256), torch.ops.wtacrs.stream_key(torch.tensor([7]), 0)
+    x = torch.randn(6, 10, 256)
+    numbers = torch.ops.wtacrs.short_uniform(torch.tensor([7]), 0, number_count(x.shape))
     forms = [Format(bits, scale_bits=16, by_row=by_row) for by_row in (False, True)]
-    written = [quantise(x, key, form) for form in forms]
+    written = [quantise(x, numbers, form) for form in forms]
     found = [dequantise(w, x.shape, x.dtype, form) for w, form in zip(written, forms)]
     assert torch.equal(*found)
     assert written[1][0].shape == (6, 10, 32 * bits)

@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wtacrs_fx import Config
-from wtacrs_fx.rounding import BITS, GROUP, Format, dequantise, quantise, uniform, written_bytes
+from wtacrs_fx.rounding import BITS, GROUP, Format, dequantise, number_count, quantise, uniform, written_bytes
 
 SEED = torch.tensor([7], dtype=torch.int64)
 
 
-def key(stream: int) -> Tensor:
-    return torch.ops.wtacrs.stream_key(SEED, stream)
+def numbers(stream: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.ops.wtacrs.short_uniform(SEED, stream, number_count(shape))
 
 
 def rounded(x: Tensor, form: Format, stream: int = 0) -> Tensor:
-    return dequantise(quantise(x, key(stream), form), x.shape, x.dtype, form)
+    return dequantise(quantise(x, numbers(stream, x.shape), form), x.shape, x.dtype, form)
 
 
 def grid(x: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ def test_any_tensor_comes_back_within_a_step(shape, bits, scale_bits, dtype, kin
         kind, x
     )
     x, form = x.to(dtype), Format(bits, scale_bits=scale_bits)
-    written = quantise(x, key(seed), form)
+    written = quantise(x, numbers(seed, x.shape), form)
     found = dequantise(written, x.shape, x.dtype, form)
     assert sum(t.numel() * t.element_size() for t in written) == written_bytes(x.shape, form)
     assert found.shape == x.shape
@@ -87,35 +87,80 @@ def test_any_tensor_comes_back_within_a_step(shape, bits, scale_bits, dtype, kin
     assert ((found.double() - x.double()).abs() <= step * (1 + 1e-4) + unit).all()
 
 
+def drawn(stream: int, shape: tuple[int, ...]) -> Tensor:
+    return uniform(numbers(stream, shape), shape).double()
+
+
+def _chi(cells: Tensor) -> float:
+    """How many standard errors the chi-square of cells that should be equal is away from its mean."""
+    expected, free = cells.double().mean(), len(cells) - 1
+    return abs(float((cells - expected).square().sum() / expected) - free) / (2 * free) ** 0.5
+
+
 class TestUniform:
     def test_is_uniform(self):
-        """Mean, variance and 64 bins of 2^18 numbers, by their standard errors; fixed seed."""
-        n = 2**18
-        u = uniform(key(0), (512, 512)).flatten().double()
-        assert u.min() >= 0
-        assert u.max() < 1
-        assert abs(float(u.mean() - 0.5)) * (12 * n) ** 0.5 < 4
-        assert abs(float(u.var() - 1 / 12)) * (180 * n) ** 0.5 < 4
-        counts = torch.histc(u, 64, 0, 1)
-        chi = float(((counts - n / 64) ** 2 / (n / 64)).sum())
-        assert abs(chi - 63) / 126**0.5 < 4
+        """Mean and variance of 2^18 numbers that are made of 2^10, by the standard errors of independent ones, and 64 bins of
+        those; fixed seed."""
+        assert _chi(torch.histc(torch.cat([numbers(s, (512, 512)) for s in range(100)]), 64, 0, 1)) < 4
+        n, draws = 2**18, 100
+        mean = square = 0.0
+        for stream in range(draws):
+            u = drawn(stream, (512, 512)).flatten()
+            assert u.min() >= 0
+            assert u.max() < 1
+            mean, square = (
+                mean + float(u.mean() - 0.5) / draws,
+                square + float((u - 0.5).square().mean() - 1 / 12) / draws,
+            )
+        assert abs(mean + 2**-17) * (12 * n * draws) ** 0.5 < 4  # (the middle of the grid)
+        assert abs(square) * (180 * n * draws) ** 0.5 < 4
 
-    @pytest.mark.parametrize("lag", [1, 2, 3, 8, 64, 512, 513])
-    def test_neighbours_are_uncorrelated(self, lag):
-        u = uniform(key(0), (512, 512)).flatten().double() - 0.5
-        assert abs(float((u[:-lag] * u[lag:]).mean() * 12)) * (u.numel() - lag) ** 0.5 < 4
+    @pytest.mark.parametrize("at", [(0, 1), (1, 0), (1, 1), (3, 0), (0, 2), (2, 3)], ids=str)
+    def test_any_two_are_independent(self, at):
+        """64 cells of a number and of one that is so many rows and columns further; every pair has its own rows and columns."""
+        i, j = at
+        cells = torch.zeros(64).double()
+        for stream in range(100):
+            u = (drawn(stream, (512, 512)) * 8).long()
+            cells += torch.bincount((u.diagonal()[::4] * 8 + u[i:, j:].diagonal()[::4]), minlength=64)
+        assert _chi(cells) < 4
+
+    def test_any_three_are_independent(self):
+        """Of every square of four numbers three; the last follows from these."""
+        cells = torch.zeros(64).double()
+        for stream in range(100):
+            u = drawn(stream, (512, 512))
+            last = u[1:, 1:] + u[:-1, :-1] - u[1:, :-1] - u[:-1, 1:]
+            assert torch.equal(last, last.round())
+            q = [(x.diagonal()[::2] * 4).long() for x in (u, u[:, 1:], u[1:])]
+            cells += torch.bincount(q[0][:256] * 16 + q[1] * 4 + q[2], minlength=64)
+        assert _chi(cells) < 4
 
     def test_streams_and_bits_are_independent(self):
-        a, b = (uniform(key(s), (256, 256)).double().flatten() - 0.5 for s in (1, 2))
-        assert abs(float((a * b).mean() * 12)) * a.numel() ** 0.5 < 4
-        words = (uniform(key(3), (2**16,)).double() * 2**24).long()
-        for bit in range(24):
+        streams = [torch.stack([drawn(2 * i + s, (256, 256)) for i in range(20)]) - 0.5 for s in (0, 1)]
+        assert abs(float((streams[0] * streams[1]).mean() * 12)) * streams[0].numel() ** 0.5 < 4
+        words = (numbers(3, (2**17, 8)).double() * 2**16).long()
+        for bit in range(16):
             ones = float(((words >> bit) & 1).double().mean())
-            assert abs(ones - 0.5) * 2 * 2**8 < 4.5, bit
+            assert abs(ones - 0.5) * 2 * len(words) ** 0.5 < 4.5, bit
 
-    def test_position_counts_and_nothing_else(self):
-        assert torch.equal(uniform(key(0), (6, 4)), uniform(key(0), (24,)).reshape(6, 4))
-        assert torch.equal(uniform(key(0), (2, 3, 4)), uniform(key(0), (6, 4)).reshape(2, 3, 4))
+    @pytest.mark.parametrize(
+        "shape", [(6, 4), (2, 3, 4), (24,), (1, 7), (0, 4), (4, 0), (3, 256), (1024,), (2, 2, 2, 2)]
+    )
+    def test_rows_and_columns_count(self, shape):
+        """A leading size more or less makes no difference; long rows of a flat tensor are cut: few numbers are needed."""
+        u = uniform(numbers(0, shape), shape)
+        assert u.shape == shape
+        assert torch.equal(u.flatten(), uniform(numbers(0, shape), (1, *shape)).flatten())
+        assert number_count(shape) <= max(2 * u.numel(), 8) + max(shape) or 0 in shape
+        assert number_count((2**17,)) == 2**10 + 128
+
+    def test_the_variance_of_sums_is_that_of_independent_numbers(self):
+        """Along rows, along columns and over all, of errors of one value, where sums of few numbers could differ most."""
+        x, form = torch.full((64, 128), 0.3), Format(8, 0.0, 255.0)
+        errors = torch.stack([rounded(x, form, i) for i in range(2000)]).double() - 0.3
+        for dims, terms in ((1, 64), (2, 128), ((1, 2), 64 * 128)):
+            assert float(errors.sum(dims).square().mean()) == pytest.approx(0.21 * terms, rel=0.15), dims
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -136,7 +181,7 @@ def test_what_is_read_in_16_bits_is_the_same_to_its_last_digit(bits, dtype):
     for i in range(100):
         found = rounded(x, form, i)
         assert found.dtype is dtype
-        wide = dequantise(quantise(x, key(i), form), x.shape, torch.float32, form)
+        wide = dequantise(quantise(x, numbers(i, x.shape), form), x.shape, torch.float32, form)
         digit = torch.finfo(dtype).eps / 2 * torch.maximum(wide.abs(), torch.tensor(1e-4))
         assert ((found.float() - wide).abs() <= digit * (1 + 1e-6)).all()
         total += found.double() - x.double()
@@ -149,7 +194,7 @@ def test_known_range(bits):
     x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
     form = Format(bits, -0.1291, 1.1291)
     check_unbiased(x, form)
-    written = quantise(x, key(0), form)
+    written = quantise(x, numbers(0, x.shape), form)
     assert len(written) == (1 if bits == 8 else 2)
     assert written[0].numel() == x.numel() * bits // 8
     assert sum(w.nbytes for w in written) == written_bytes(x.shape, form)
@@ -240,7 +285,7 @@ def test_what_is_not_finite_ends_in_a_known_range(bits):
 def test_empty(shape, limits):
     for bits in BITS:
         form = Format(bits, *limits)
-        written = quantise(torch.empty(shape), key(0), form)
+        written = quantise(torch.empty(shape), numbers(0, shape), form)
         assert sum(w.nbytes for w in written) == written_bytes(shape, form)
         assert dequantise(written, shape, torch.float32, form).shape == shape
 
@@ -261,7 +306,7 @@ def test_strides_do_not_matter():
 @pytest.mark.parametrize("shape", [(6, 130), (3, 5, 7)])
 def test_compiled_is_the_same_function(bits, shape):
     """Also in the scalar tails of vectorised loops."""
-    x, k, form = torch.randn(shape, generator=torch.Generator().manual_seed(0)), key(3), Format(bits)
+    x, k, form = torch.randn(shape, generator=torch.Generator().manual_seed(0)), numbers(3, shape), Format(bits)
 
     def function(x: Tensor, k: Tensor) -> Tensor:
         return dequantise(quantise(x, k, form), x.shape, x.dtype, form)

@@ -167,8 +167,8 @@ def test_rows_in_other_bits_than_the_rest():
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 1 / 4), (4, 1 / 8)])
 def test_ledger_and_graphs(bits, share):
-    """One draw for two layers; codes, scales, row index, and at 4 bits a key, are all that is held; the rows are computed in
-    the backward."""
+    """One draw for two layers; codes, scales, row index, and at 4 bits random numbers, are all that is held; the rows are
+    computed in the backward."""
     model, batch = layers()
     _, recorder = run(model, batch, row_bits=bits)
     first, second = recorder.ledger.entries
@@ -177,13 +177,13 @@ def test_ledger_and_graphs(bits, share):
         "early",
         kept,
         bits,
-        int(kept * 256 * 4 * share) + kept * 2 * 4 + kept * 8 + (8 if bits == 4 else 0),
+        int(kept * 256 * 4 * share) + kept * 2 * 4 + kept * 8 + (4 * (kept + 256) if bits == 4 else 0),
     )
     assert second.bytes_now == 0
     assert f"{kept}/64 in {bits} bits" in recorder.ledger.table()
     assert f"in {bits} bits" in recorder.ledger.table("tensor")
-    assert calls(recorder.forward[0], wtacrs.stream_key.default) == 1
-    assert calls(recorder.backward[0], wtacrs.stream_key.default) == 0
+    assert calls(recorder.forward[0], wtacrs.short_uniform.default) == 1
+    assert calls(recorder.backward[0], wtacrs.short_uniform.default) == 0
     assert Ledger.from_dict(recorder.ledger.to_dict()) == recorder.ledger
 
 

@@ -24,7 +24,7 @@ from wtacrs_fx.benchmarks.variance_errors import (
 )
 from wtacrs_fx.demo_data import DemoDataError
 from wtacrs_fx.estimators import ESTIMATORS
-from wtacrs_fx.rounding import Format, dequantise, quantise
+from wtacrs_fx.rounding import Format, dequantise, number_count, quantise
 
 DRAWS = 64
 
@@ -44,8 +44,8 @@ def explicit(x: Layer, estimator: str, weights: Tensor, k: int, seed: int, bits:
         kept = x.h[rows[i]] * scales[i][:, None]
         if bits != AS_IS:
             form = Format(bits, scale_bits=16)
-            key = torch.ops.wtacrs.stream_key(torch.tensor([i]), 1)
-            kept = dequantise(quantise(kept, key, form), kept.shape, kept.dtype, form)
+            numbers = torch.ops.wtacrs.short_uniform(torch.tensor([i]), 1, number_count(kept.shape))
+            kept = dequantise(quantise(kept, numbers, form), kept.shape, kept.dtype, form)
         total += float((x.g[rows[i]].T @ kept - exact).square().sum() / exact.square().sum())
     return total / DRAWS
 
@@ -83,8 +83,8 @@ def test_every_sequence_gets_its_share():
 def test_bytes():
     assert row_bytes(384, AS_IS) == 2 * 384 + 8
     assert row_bytes(384, 8) == 384 + 3 * 4 + 8
-    assert row_bytes(384, 4) == 192 + 3 * 4 + 8
-    assert rows_for(100, 384, 4, 10**6) == 100 * 776 // 212
+    assert row_bytes(384, 4) == 192 + 3 * 4 + 4 + 8  # (4 of a random number)
+    assert rows_for(100, 384, 4, 10**6) == 100 * 776 // 216
     assert rows_for(100, 384, 4, 300) == 300
 
 

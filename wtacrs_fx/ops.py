@@ -72,22 +72,23 @@ def _(importance: Tensor, seed: Tensor, stream: int, k: int, estimator: str) -> 
     return importance.new_empty(shape, dtype=torch.int64), importance.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("wtacrs::stream_key", mutates_args=())
-def stream_key(seed: Tensor, stream: int) -> Tensor:
-    """Key int32 [2] for the random numbers of one rounding, see :func:`wtacrs_fx.rounding.uniform`.
+@torch.library.custom_op("wtacrs::short_uniform", mutates_args=())
+def short_uniform(seed: Tensor, stream: int, n: int) -> Tensor:
+    """Numbers float32 [n] for one rounding, see :func:`wtacrs_fx.rng.short_uniform` and
+    :func:`wtacrs_fx.rounding.uniform`.
 
-    Args as for ``select_rows``.
+    Args: seed and stream as for ``select_rows``.
     """
     if has_triton(seed.device):
         from wtacrs_fx import select_kernel
 
-        return select_kernel.key(seed, 4 * stream)
-    return rng.key(seed, 4 * stream)
+        return select_kernel.short_uniform(seed, 4 * stream, n)
+    return rng.short_uniform(seed, 4 * stream, n)
 
 
-@stream_key.register_fake
-def _(seed: Tensor, stream: int) -> Tensor:
-    return seed.new_empty((2,), dtype=torch.int32)
+@short_uniform.register_fake
+def _(seed: Tensor, stream: int, n: int) -> Tensor:
+    return seed.new_empty((n,), dtype=torch.float32)
 
 
 @torch.library.custom_op("wtacrs::split_seeds", mutates_args=())

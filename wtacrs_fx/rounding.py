@@ -14,9 +14,9 @@ In 4 and 2 bits what was added is subtracted again (subtractive dither: Schuchma
 
     x' = l + s (q + 1/2 - u),       E[x'] = x,   |x' - x| <= s / 2,   Var[x'] = s^2 / 12,
 
-half the noise in the same bits: the key of u is kept (8 bytes a tensor), and u is computed again. That would put noise into
-values that lie on the grid: groups that start at zero (``0 <= l < s``: of a ReLU, a softmax, a mask), where many do, are
-written without. Which way depends on the group's values and not on u: the mean stays exact.
+half the noise in the same bits: what u is made of is kept (4 bytes a row and a column), and u is made again. That would put
+noise into values that lie on the grid: groups that start at zero (``0 <= l < s``: of a ReLU, a softmax, a mask), where many
+do, are written without. Which way depends on the group's values and not on u: the mean stays exact.
 
 Everything is written in plain elementwise operations and reductions over a group, so that a compiler computes it inside of
 the kernels that make and read the tensors. Integer arithmetic is in int32 where there are many numbers: that is what
@@ -34,9 +34,6 @@ BITS = (8, 4, 2)
 
 GROUP = 128
 """Neighbours along the last dimension that share a scale. A row that is no multiple of it is one group."""
-
-KEY_BYTES = 8
-"""Of the key of the random numbers that are subtracted again."""
 
 _TINY = 2.0**-126
 """Smallest step: that of a group of equal values, which scales of 32 bits then write exactly, and of denormal ones."""
@@ -86,8 +83,7 @@ class Format:
 
     @property
     def dithered(self) -> bool:
-        """Whether random numbers are subtracted again where that has less variance. (At 8 bits the noise is small as it is, and
-        computing them twice takes time.)"""
+        """Whether random numbers are subtracted again where that has less variance. (At 8 bits the noise is small as it is.)"""
         return self.bits < 8
 
     def groups(self, width: int) -> int:
@@ -95,29 +91,38 @@ class Format:
         return width // self.group if width and width % self.group == 0 else 1
 
 
-def uniform(key: Tensor, shape: Sequence[int], start: int = 0) -> Tensor:
-    """Float32 numbers in [0, 1), on a grid of 2^-24, a pure function of (key, position).
+def uniform(numbers: Tensor, shape: Sequence[int]) -> Tensor:
+    """Float32 numbers in [0, 1) on a grid of 2^-16, one for every element of a tensor that is seen as a matrix,
 
-    A counter-based generator: the position, xor one word of the key, times an odd constant, goes through the 32-bit
-    finaliser "lowbias32" (C. Wellons, Prospecting for Hash Functions, 2018), with the other word of the key added halfway, so
-    that two keys do not give shifted copies of one sequence.
+        u_ij = (a_i + b_j) mod 1,       a_i, b_j independent and uniform.
+
+    Any three of them are independent (simple tabulation: Carter and Wegman, J. Comput. Syst. Sci. 18, 1979, section 1; Patrascu
+    and Thorup, J. ACM 59, 2012), and all of one row or column. So the variance of every sum of rounding errors is that of
+    numbers which are all independent, for two loads and an addition in place of a hash of every position.
 
     Args:
-        key: int32 [2], from ``torch.ops.wtacrs.stream_key``.
-        shape: of the result; beyond 2^32 numbers they repeat.
-        start: position of the first.
+        numbers: float32 ``[number_count(shape)]`` on that grid: every ``b_j``, then every ``a_i``.
+        shape: of the result.
     """
+    width = _grid(shape)[1]
+    total = numbers[width:, None] + numbers[:width]
+    return (total - total.floor()).reshape(shape)
+
+
+def number_count(shape: Sequence[int]) -> int:
+    """How many numbers :func:`uniform` is given for a tensor of this shape."""
+    rows, width = _grid(shape)
+    return rows + width
+
+
+def _grid(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the matrix: the tensor's own, or, where it is flat, groups of neighbours."""
     rows, width = _matrix(shape, 1)
-    row, column = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (rows, width))
-    z = ((row * width)[:, None] + (column + start)).reshape(shape)
-    z = (z ^ key[0]) * _signed(0x9E3779B1)  # (a bare product would be folded into an index, beyond Triton's 32 bits)
-    z = (z ^ _shift(z, 16)) * _signed(0x7FEB352D) + key[1]
-    z = (z ^ _shift(z, 15)) * _signed(0x846CA68B)
-    z = z ^ _shift(z, 16)
-    return _shift(z, 8).to(torch.float32) * 2.0**-24
+    flat = isinstance(rows, int) and rows < GROUP // 8 and width % GROUP == 0 < width
+    return (rows * width // GROUP, GROUP) if flat else (rows, width)
 
 
-def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
+def quantise(x: Tensor, numbers: Tensor, form: Format) -> tuple[Tensor, ...]:
     """``x`` in few bits.
 
     Args:
@@ -126,19 +131,19 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
             there is no scale to say so: a NaN becomes the lowest value, an infinity an end of the range, up to half a step.
             (Such tensors are derivatives of activation functions, whose result is not finite then either, and is another
             factor of the same backward.)
-        key: of :func:`uniform`.
+        numbers: random ones, as for :func:`uniform`.
         form: bits, and the range if it is known.
 
     Returns:
         codes, uint8, ``ceil(numel * bits / 8)`` of them (by row ``[*shape[:-1], shape[-1] * bits / 8]``); and, unless the
         range is known, lowest value and step of every group, float32 ``[*shape[:-1], groups]``, or both in one int32 if they
-        have 16 bits; and, in less than 8 bits, the key. There the step is negative in groups whose random numbers are
+        have 16 bits; and, in less than 8 bits, the numbers. There the step is negative in groups whose random numbers are
         subtracted again; in a known range all are.
     """
     value = x.to(torch.float32)
     if form.low is not None and form.high is not None:
-        codes = _codes((value - form.low) * (form.levels / (form.high - form.low)), key, form)
-        return (codes, key) if form.dithered else (codes,)
+        codes = _codes((value - form.low) * (form.levels / (form.high - form.low)), numbers, form)
+        return (codes, numbers) if form.dithered else (codes,)
     low, high = _extremes(value, form.groups(x.shape[-1]))
     low = _upper_half(low, upwards=False) if form.scale_bits == 16 else low
     step = ((high - low) * (1 / form.levels)).clamp_min(_TINY)
@@ -147,8 +152,8 @@ def quantise(x: Tensor, key: Tensor, form: Format) -> tuple[Tensor, ...]:
         step = torch.where((low >= 0) & (low < step), step, -step)
     scales = _write_scales(low, step, form)
     low, step = (_spread(scale, x.shape) for scale in _read_scales(scales, form))
-    codes = _codes((value - low) * step.abs().reciprocal(), key, form)
-    return (codes, *scales, key) if form.dithered else (codes, *scales)
+    codes = _codes((value - low) * step.abs().reciprocal(), numbers, form)
+    return (codes, *scales, numbers) if form.dithered else (codes, *scales)
 
 
 def _extremes(value: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -159,16 +164,16 @@ def _extremes(value: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return grouped.amin(-1), grouped.amax(-1)
 
 
-def _codes(scaled: Tensor, key: Tensor, form: Format) -> Tensor:
+def _codes(scaled: Tensor, numbers: Tensor, form: Format) -> Tensor:
     per_byte = 8 // form.bits
+    added = uniform(numbers, scaled.shape)
     rows, width = (1, 1) if form.by_row else _matrix(scaled.shape, per_byte)
     if per_byte != 2 or width == 1:
-        return pack(_rounded(scaled, uniform(key, scaled.shape), form), form.bits, by_row=form.by_row)
+        return pack(_rounded(scaled, added, form), form.bits, by_row=form.by_row)
     # (Part by part, so that one loop makes a byte: of all at once Inductor writes float32 to memory first. Not so of four
     # parts, where in a Llama more is in memory at the peak than of all at once.)
-    parts = scaled.reshape(per_byte, rows // per_byte, width)
-    shape = (rows // per_byte, width)
-    codes = [_rounded(parts[i], uniform(key, shape, i * math.prod(shape)), form) for i in range(per_byte)]
+    parts, added = (x.reshape(per_byte, rows // per_byte, width) for x in (scaled, added))
+    codes = [_rounded(parts[i], added[i], form) for i in range(per_byte)]
     return _digits([c.to(torch.float32) for c in codes], form.bits)
 
 
@@ -202,7 +207,7 @@ def _read_scales(written: Sequence[Tensor], form: Format) -> tuple[Tensor, ...]:
 def written_bytes(shape: Sequence[int], form: Format) -> int:
     """Bytes of what :func:`quantise` returns for a tensor of this shape."""
     scales = 0 if form.low is not None else form.scale_bits // 4 * form.groups(shape[-1]) * math.prod(shape[:-1])
-    return -(-math.prod(shape) * form.bits // 8) + scales + (KEY_BYTES if form.dithered else 0)
+    return -(-math.prod(shape) * form.bits // 8) + scales + (4 * number_count(shape) if form.dithered else 0)
 
 
 def dequantise(written: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, form: Format) -> Tensor:

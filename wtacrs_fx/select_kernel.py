@@ -1,5 +1,5 @@
-"""``select_rows`` and ``stream_key`` on a GPU, in two kernels and in one: of PyTorch's own operations a draw is about seventy
-small ones, and a step has a draw for every matrix product.
+"""``select_rows`` and ``short_uniform`` on a GPU, in two kernels and in one: of PyTorch's own operations a draw is about
+seventy small ones, and a step has a draw for every matrix product.
 
 The design is that of :func:`wtacrs_fx.estimators.systematic` without its sorts. The rate of the inclusion probabilities
 ``pi_i = min(1, rate w_i)``, sum k, is found by adding winners until there are no more,
@@ -46,12 +46,12 @@ def systematic(importance: Tensor, seed: Tensor, stream: int, k: int) -> Selecti
     return rows, scale
 
 
-def key(seed: Tensor, stream: int) -> Tensor:
-    """The same bits as :func:`wtacrs_fx.rng.key`, int32 [2]."""
-    words = torch.empty(2, dtype=torch.int32, device=seed.device)
+def short_uniform(seed: Tensor, stream: int, n: int) -> Tensor:
+    """The same numbers as :func:`wtacrs_fx.rng.short_uniform`, float32 [n]."""
+    numbers = torch.empty(n, dtype=torch.float32, device=seed.device)
     with torch.cuda.device_of(seed):
-        _key[(1,)](seed, words, mix_host(stream), num_warps=1)
-    return words
+        _short_uniform[(triton.cdiv(n, _PART),)](seed, numbers, n, mix_host(stream), _PART)
+    return numbers
 
 
 @triton.jit
@@ -168,7 +168,10 @@ def _rows(seed, scratch, rows, scale, slots, k, stream, BITS: tl.constexpr, BLOC
 
 
 @triton.jit
-def _key(seed, words, stream):
-    start = _stream(seed, stream)
-    tl.store(words, start.to(tl.uint32).to(tl.int32, bitcast=True))
-    tl.store(words + 1, (start >> 32).to(tl.uint32).to(tl.int32, bitcast=True))
+def _short_uniform(seed, numbers, n, stream, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    word = _mix(_stream(seed, stream) + ((at // 4 + 1).to(tl.uint64)) * _GOLDEN)
+    bits = ((word >> (16 * (at % 4)).to(tl.uint64)) & 0xFFFF).to(
+        tl.int32
+    ) ^ 0x8000  # (of a signed number, above the least)
+    tl.store(numbers + at, bits.to(tl.float32) * 1.52587890625e-05, mask=at < n)
