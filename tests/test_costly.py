@@ -93,8 +93,8 @@ class Gated(nn.Module):
 
 
 def test_in_a_model():
-    """No costly value behind codes has two readers, scales take 4 bytes a group, random numbers 4 a row and column, and the loss
-    is exact to the bit."""
+    """No costly value behind codes has two readers, scales take 4 bytes a group, random numbers 4 a row and column, and the
+    loss is exact to the bit."""
     torch.manual_seed(0)
     model, batch = Gated(), (torch.randn(256, 128), torch.randint(0, 128, (256,)))
     torch._dynamo.reset()
