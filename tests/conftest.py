@@ -2,8 +2,12 @@ import os
 import shutil
 import tempfile
 
-_CACHE = tempfile.mkdtemp(prefix="wtacrs-tests-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE  # before torch is imported: no test sees what an earlier run compiled
+_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not _WORKER:  # before torch is imported: no test sees what an earlier run compiled; workers share what they compile
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="wtacrs-tests-")
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # kernels take less than a pool of processes does to start
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -14,8 +18,9 @@ def _fresh_state():
     """Every test traces afresh, from one seed."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+    torch.set_num_threads(1)
 
 
 def pytest_unconfigure():
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if not _WORKER:
+        shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)

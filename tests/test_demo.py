@@ -177,7 +177,7 @@ def test_table_and_conditions():
 @pytest.mark.slow
 def test_demo_from_the_command_line(tmp_path):
     out = tmp_path / "results.json"
-    options = {"steps": 5, "batch-size": 8, "length": 32, "test-items": 20, "threads": 2, "json": out}
+    options = {"steps": 5, "batch-size": 8, "length": 32, "test-items": 20, "threads": 1, "json": out}
     command = [sys.executable, "-m", "wtacrs_fx.cli", "demo", *(f"--{k}={v}" for k, v in options.items())]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

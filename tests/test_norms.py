@@ -107,9 +107,15 @@ def test_adversarial_norms_do_not_bias(estimator):
         assert z.square().mean().sqrt() < 1.35, name
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("kind", ["position", "sample"])
-@pytest.mark.parametrize("estimator", ["crs", "wta_crs", "systematic"])
+@pytest.mark.parametrize(
+    ("estimator", "bits"),
+    [
+        *(("systematic", bits) for bits in (None, 8, 4)),
+        *((estimator, None) for estimator in ("crs", "wta_crs")),
+        *(pytest.param(e, bits, marks=pytest.mark.long) for e in ("crs", "wta_crs") for bits in (8, 4)),
+    ],
+)
 def test_known_norms_do_not_bias(kind, estimator, bits):
     """Of kept rows as they are, and of rounded ones."""
     torch._dynamo.reset()

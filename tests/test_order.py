@@ -111,7 +111,7 @@ def test_only_where_something_is_computed_again(monkeypatch, regions):
     order = GraphOrder.__call__
     monkeypatch.setattr(GraphOrder, "__call__", lambda self, nodes: calls.append(len(nodes)) or order(self, nodes))
     torch.manual_seed(0)
-    model, batch = Transformer(width=64, layers=3), transformer_batch(4, 32, 64)
+    model, batch = Transformer(width=64, layers=2), transformer_batch(4, 32, 64)
     exact = gradients(model, *batch)
 
     def run(budget, call) -> int:

@@ -149,9 +149,14 @@ class TestRecompute:
         assert protect_draws(joint.graph) == 0
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.3])
-@pytest.mark.parametrize("budget", [0.75, 0.55])
+@pytest.mark.parametrize(
+    ("budget", "dropout", "inner"),
+    [
+        (0.75, 0.3, "eager"),
+        *(pytest.param(b, p, "eager", marks=pytest.mark.long) for b, p in ((0.55, 0.3), (0.75, 0.0), (0.55, 0.0))),
+        *(pytest.param(b, p, "inductor", marks=pytest.mark.long) for b in (0.75, 0.55) for p in (0.3, 0.0)),
+    ],
+)
 def test_gradients_are_those_of_the_exact_run(budget, dropout, inner):
     """Every plan gives the gradient of keeping everything, for the same masks; and holds less."""
     model, batch = transformer(dropout)

@@ -156,7 +156,7 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_random_numbers_by_hand(dtype):
     """Masks as numbers and normal noise, drawn again: gradients to the bit, nothing of their size held. (In bfloat16 where
     Inductor rounds between what it fuses, too.)"""
@@ -184,7 +184,7 @@ def test_without_seeds_they_are_kept():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("packs", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_plans_count_masks_as_they_will_be_held(monkeypatch, packs):
     """What is predicted before masks are packed is what is predicted of the finished graphs."""
     seen: list[tuple[int, int]] = []

@@ -21,6 +21,8 @@ from helpers import SMALL, Transformer, transformer_batch
 from small_presets import small
 
 FAMILIES = {(p.model_type, p.config.get("tie_word_embeddings")): name for name, p in PRESETS.items()}
+LIKE_OTHERS = {("opt", None), ("llama", True), ("qwen2", False), ("whisper", None)}
+"""Built as GPT-2, as a Llama that is not tied, or as T5."""
 """One preset of each: others of a family differ in sizes only, which :func:`small` overrides."""
 
 
@@ -39,7 +41,9 @@ def held(model: nn.Module, batch, **options) -> int:
     return count.bytes
 
 
-@pytest.mark.parametrize("preset", [FAMILIES[f] for f in FAMILIES])
+@pytest.mark.parametrize(
+    "preset", [pytest.param(FAMILIES[f], marks=pytest.mark.long if f in LIKE_OTHERS else ()) for f in FAMILIES]
+)
 def test_every_column_is_what_autograd_holds(preset):
     options = {"ratio": 0.3, "inner": "eager", **SMALL}  # what Inductor adds: tests/test_layouts.py
     ledger = wtacrs_fx.report(*small(preset), **options)

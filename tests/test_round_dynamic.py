@@ -52,7 +52,7 @@ def test_formats_by_row(bits):
 def test_one_graph_for_every_batch(inner, bits):
     """Forward to the bit, held bytes as predicted, errors as with fixed sizes, and odd sizes are no new graph."""
     torch.manual_seed(0)
-    model = Transformer()
+    model = Transformer(layers=1)
     backend = Backend(**{**ROUNDED, "inner": inner, "round_bits": bits})
     exact = torch.compile(model, backend="aot_eager_decomp_partition", dynamic=True)
     compiled = dynamic(model, backend)
@@ -92,7 +92,7 @@ def test_the_mean_is_exact():
 def test_a_last_smaller_batch():
     """After it Dynamo's graph is dynamic: as much is rounded, and nothing is said."""
     torch.manual_seed(0)
-    model, backend = Transformer(), Backend(**{**ROUNDED, "round_bits": 8})
+    model, backend = Transformer(layers=1), Backend(**{**ROUNDED, "round_bits": 8})
     compiled = dynamic(model, backend, dynamic=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error", WtacrsWarning)
@@ -108,7 +108,7 @@ def test_a_last_smaller_batch():
 def test_a_length_that_changes():
     """Written-out attention has tensors whose last size is the length: those stay as they are, all others are rounded."""
     torch.manual_seed(0)
-    model, recorder = Transformer(), Recorder(**{**ROUNDED, "round_bits": 8})
+    model, recorder = Transformer(layers=1), Recorder(**{**ROUNDED, "round_bits": 8})
     compiled = dynamic(model, recorder, dynamic=None)
     for length in (16, 24, 12):
         batch = transformer_batch(8, length)
@@ -141,7 +141,7 @@ def test_rows_of_no_whole_bytes_stay_as_they_are(width):
 def test_under_a_budget():
     """The least peak of plans that may round is below that of plans that only recompute; one graph for every batch."""
     torch.manual_seed(0)
-    model, peaks = Transformer(layers=3), {}
+    model, peaks = Transformer(layers=2), {}
     for bits in (None, 4):
         backend = Backend(**{**ROUNDED, "memory_budget": 0.05, "round_bits": bits})
         compiled = dynamic(model, backend)

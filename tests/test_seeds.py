@@ -73,7 +73,7 @@ class Dropped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
 
     def forward(self, x):
         for layer in self.layers:
@@ -92,7 +92,7 @@ def test_masks_are_those_of_inductor():
         torch.manual_seed(1)
         found.append(gradients(model, x, call=call))
     assert backend.ledger.count("exact") < len(backend.ledger.entries)
-    for i in range(4):
+    for i in range(2):
         torch.testing.assert_close(found[1][f"layers.{i}.bias"], found[0][f"layers.{i}.bias"])
 
 
