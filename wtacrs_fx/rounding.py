@@ -4,9 +4,9 @@ A value x of a group with smallest value l and largest value h is written on a g
 
     q = floor((x - l) / s + u),   s = (h - l) / (2^bits - 1),   u uniform in [0, 1),        x' = l + s q,
 
-so that ``E[x'] = x``, ``|x' - x| < s`` and ``Var[x'] = s^2 f (1 - f)``, f being the place of x between two points of the grid:
-s^2 / 6 for a value anywhere. With scales of 32 bits a group whose values are all equal, or take only two values, is written
-exactly in 8 bits.
+so that ``E[x'] = x`` (to 2^-16 s, the grid of u), ``|x' - x| < s`` and ``Var[x'] = s^2 f (1 - f)``, f being the place of x
+between two points of the grid: s^2 / 6 for a value anywhere. With scales of 32 bits a group whose values are all equal, or take only
+two values, is written exactly in 8 bits.
 (Stochastic rounding of activations for the backward: Chen et al., ActNN, ICML 2021, arXiv 2104.14129, section 3.2; here the
 rounded tensors are operands that the gradient is linear in.)
 
