@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from wtacrs_fx.packing import pack, unpack
 from wtacrs_fx.passes.emit import Emitter, has_whole_rows, memory_order
 from wtacrs_fx.passes.kernels import buffer_bytes
 from wtacrs_fx.passes.kinds import is_drawn_mask, is_tensor
 from wtacrs_fx.passes.policy import view_base
 from wtacrs_fx.passes.sites import graph_outputs
 from wtacrs_fx.passes.sizes import hint, is_symbolic
-from wtacrs_fx.rounding import pack, unpack
 
 prims = torch.ops.prims
 

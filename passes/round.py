@@ -176,7 +176,8 @@ def codes(emit: Emitter, tensor: Node, order: list[int], form: Format, draws: Dr
 
     def function(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
         x = x.permute(order)
-        return quantise(x, wtacrs.short_uniform(seed, stream, number_count(x.shape)), form)
+        n = number_count(x.shape, by_row=form.by_row)
+        return quantise(x, wtacrs.short_uniform(seed, stream, n), form)
 
     written: Sequence[Node] = emit.inline(function, tensor, draws.seed(tensor)[0])
     return tuple(written)

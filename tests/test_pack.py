@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from wtacrs_fx import Backend, measure
+from wtacrs_fx.packing import pack, unpack
 from wtacrs_fx.passes.pack import hoist
-from wtacrs_fx.rounding import pack, unpack
 
 from helpers import SMALL, Recorder, Transformer, gradients, transformer_batch
 

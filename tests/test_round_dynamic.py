@@ -9,7 +9,8 @@ from torch import nn
 
 import wtacrs_fx
 from wtacrs_fx import Backend, WtacrsWarning, measure
-from wtacrs_fx.rounding import BITS, Format, dequantise, number_count, pack, quantise, unpack, written_bytes
+from wtacrs_fx.packing import pack, unpack
+from wtacrs_fx.rounding import BITS, Format, dequantise, number_count, quantise, written_bytes
 
 from helpers import Moments, Recorder, Transformer, gradients, transformer_batch
 
@@ -37,6 +38,7 @@ def test_formats_by_row(bits):
     """The same numbers as by the whole tensor, in as many bytes: only their places differ."""
     torch.manual_seed(0)
     x = torch.randn(6, 10, 256)
+    assert number_count(x.shape) == number_count(x.shape, by_row=True) == 60 + 256
     numbers = torch.ops.wtacrs.short_uniform(torch.tensor([7]), 0, number_count(x.shape))
     forms = [Format(bits, scale_bits=16, by_row=by_row) for by_row in (False, True)]
     written = [quantise(x, numbers, form) for form in forms]
@@ -44,6 +46,17 @@ def test_formats_by_row(bits):
     assert torch.equal(*found)
     assert written[1][0].shape == (6, 10, 32 * bits)
     assert sum(t.nbytes for t in written[1]) == written_bytes(x.shape, forms[1]) == written_bytes(x.shape, forms[0])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_few_rows_of_symbolic_number(bits):
+    """Where as few are known beforehand they are cut: what wrote and what reads must agree."""
+    form, x = Format(bits, scale_bits=16, by_row=True), torch.randn(3, 256)
+    assert number_count(x.shape) < number_count(x.shape, by_row=True) == 3 + 256
+    numbers = torch.ops.wtacrs.short_uniform(torch.tensor([7]), 0, number_count(x.shape, by_row=True))
+    written = quantise(x, numbers, form)
+    assert sum(t.nbytes for t in written) == written_bytes(x.shape, form)
+    assert (dequantise(written, x.shape, x.dtype, form) - x).abs().max() < 1.02 * 7 / form.levels
 
 
 @pytest.mark.parametrize(

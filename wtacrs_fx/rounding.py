@@ -1,12 +1,12 @@
-"""Stochastic rounding to 8, 4 or 2 bits, and packing of masks to 1 bit: pure functions of tensors.
+"""Stochastic rounding to 8, 4 or 2 bits: pure functions of tensors.
 
 A value x of a group with smallest value l and largest value h is written on a grid of ``2^bits`` points,
 
     q = floor((x - l) / s + u),   s = (h - l) / (2^bits - 1),   u uniform in [0, 1),        x' = l + s q,
 
 so that ``E[x'] = x`` (to 2^-16 s, the grid of u), ``|x' - x| < s`` and ``Var[x'] = s^2 f (1 - f)``, f being the place of x
-between two points of the grid: s^2 / 6 for a value anywhere. With scales of 32 bits a group whose values are all equal, or take only
-two values, is written exactly in 8 bits.
+between two points of the grid: s^2 / 6 for a value anywhere. With scales of 32 bits a group whose values are all equal, or
+take only two values, is written exactly in 8 bits.
 (Stochastic rounding of activations for the backward: Chen et al., ActNN, ICML 2021, arXiv 2104.14129, section 3.2; here the
 rounded tensors are operands that the gradient is linear in.)
 
@@ -19,8 +19,7 @@ noise into values that lie on the grid: groups that start at zero (``0 <= l < s`
 do, are written without. Which way depends on the group's values and not on u: the mean stays exact.
 
 Everything is written in plain elementwise operations and reductions over a group, so that a compiler computes it inside of
-the kernels that make and read the tensors. Integer arithmetic is in int32 where there are many numbers: that is what
-vector units are good at.
+the kernels that make and read the tensors.
 """
 
 import math
@@ -29,6 +28,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from wtacrs_fx.packing import as_matrix, digits, pack, unpack
 
 BITS = (8, 4, 2)
 
@@ -91,7 +92,7 @@ class Format:
         return width // self.group if width and width % self.group == 0 else 1
 
 
-def uniform(numbers: Tensor, shape: Sequence[int]) -> Tensor:
+def uniform(numbers: Tensor, shape: Sequence[int], *, by_row: bool = False) -> Tensor:
     """Float32 numbers in [0, 1) on a grid of 2^-16, one for every element of a tensor that is seen as a matrix,
 
         u_ij = (a_i + b_j) mod 1,       a_i, b_j independent and uniform.
@@ -103,22 +104,23 @@ def uniform(numbers: Tensor, shape: Sequence[int]) -> Tensor:
     Args:
         numbers: float32 ``[number_count(shape)]`` on that grid: every ``b_j``, then every ``a_i``.
         shape: of the result.
+        by_row: as of :class:`Format`.
     """
-    width = _grid(shape)[1]
+    width = _grid(shape, by_row)[1]
     total = numbers[width:, None] + numbers[:width]
     return (total - total.floor()).reshape(shape)
 
 
-def number_count(shape: Sequence[int]) -> int:
+def number_count(shape: Sequence[int], *, by_row: bool = False) -> int:
     """How many numbers :func:`uniform` is given for a tensor of this shape."""
-    rows, width = _grid(shape)
+    rows, width = _grid(shape, by_row)
     return rows + width
 
 
-def _grid(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of the matrix: the tensor's own, or, where it is flat, groups of neighbours."""
-    rows, width = _matrix(shape, 1)
-    flat = isinstance(rows, int) and rows < GROUP // 8 and width % GROUP == 0 < width
+def _grid(shape: Sequence[int], by_row: bool) -> tuple[int, int]:
+    """Rows and columns of the matrix: the tensor's own, or, where it is flat and of known size, groups of neighbours."""
+    rows, width = as_matrix(shape, 1)
+    flat = not by_row and rows < GROUP // 8 and width % GROUP == 0 < width
     return (rows * width // GROUP, GROUP) if flat else (rows, width)
 
 
@@ -166,15 +168,15 @@ def _extremes(value: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def _codes(scaled: Tensor, numbers: Tensor, form: Format) -> Tensor:
     per_byte = 8 // form.bits
-    added = uniform(numbers, scaled.shape)
-    rows, width = (1, 1) if form.by_row else _matrix(scaled.shape, per_byte)
+    added = uniform(numbers, scaled.shape, by_row=form.by_row)
+    rows, width = (1, 1) if form.by_row else as_matrix(scaled.shape, per_byte)
     if per_byte != 2 or width == 1:
         return pack(_rounded(scaled, added, form), form.bits, by_row=form.by_row)
     # (Part by part, so that one loop makes a byte: of all at once Inductor writes float32 to memory first. Not so of four
     # parts, where in a Llama more is in memory at the peak than of all at once.)
     parts, added = (x.reshape(per_byte, rows // per_byte, width) for x in (scaled, added))
     codes = [_rounded(parts[i], added[i], form) for i in range(per_byte)]
-    return _digits([c.to(torch.float32) for c in codes], form.bits)
+    return digits([c.to(torch.float32) for c in codes], form.bits)
 
 
 def _rounded(scaled: Tensor, added: Tensor, form: Format) -> Tensor:
@@ -207,7 +209,11 @@ def _read_scales(written: Sequence[Tensor], form: Format) -> tuple[Tensor, ...]:
 def written_bytes(shape: Sequence[int], form: Format) -> int:
     """Bytes of what :func:`quantise` returns for a tensor of this shape."""
     scales = 0 if form.low is not None else form.scale_bits // 4 * form.groups(shape[-1]) * math.prod(shape[:-1])
-    return -(-math.prod(shape) * form.bits // 8) + scales + (4 * number_count(shape) if form.dithered else 0)
+    return (
+        -(-math.prod(shape) * form.bits // 8)
+        + scales
+        + (4 * number_count(shape, by_row=form.by_row) if form.dithered else 0)
+    )
 
 
 def dequantise(written: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, form: Format) -> Tensor:
@@ -215,7 +221,7 @@ def dequantise(written: Sequence[Tensor], shape: Sequence[int], dtype: torch.dty
     if form.by_row:  # (sizes of what is there, which a tracer knows)
         shape = (*written[0].shape[:-1], shape[-1])
     codes = unpack(written[0], shape, form.bits, by_row=form.by_row)
-    dither = 0.5 - uniform(written[-1], shape) if form.dithered else 0.0
+    dither = 0.5 - uniform(written[-1], shape, by_row=form.by_row) if form.dithered else 0.0
     if form.low is not None and form.high is not None:
         return ((codes + dither) * ((form.high - form.low) / form.levels) + form.low).to(dtype)
     low, step = (_spread(scale, shape) for scale in _read_scales(written[1:-1] if form.dithered else written[1:], form))
@@ -228,84 +234,3 @@ def _spread(scale: Tensor, shape: Sequence[int]) -> Tensor:
     """A number per group as a number per element."""
     groups = scale.shape[-1]
     return scale[..., None].expand(*scale.shape, shape[-1] // groups).reshape(shape) if groups != 1 else scale
-
-
-def pack(codes: Tensor, bits: int, *, by_row: bool = False) -> Tensor:
-    """Several codes to a byte, uint8 of ``ceil(numel * bits / 8)`` elements.
-
-    With n = 8 / bits codes to a byte, the flat tensor is cut into n parts, and a byte holds one code of each: neighbours in
-    memory stay neighbours, which vector loads need. Where it does not come out even, the last codes are zeros.
-
-    Args:
-        codes: bool or integers below ``2^bits``, any shape. Those in bytes are added up in floating point: in a kernel that
-            reads bfloat16, conversions from and to int32 take 0.75 ns a value on one core, and to bytes 0.2 ns.
-        bits: 8, 4, 2 or 1.
-        by_row: cut every row into parts in place of the whole tensor, and keep the leading dimensions.
-    """
-    per_byte = 8 // bits
-    if by_row:
-        parts = codes.reshape(*codes.shape[:-1], per_byte, codes.shape[-1] // per_byte)
-        return _in_bytes(parts.movedim(-2, 0), bits)
-    rows, width = _matrix(codes.shape, per_byte)
-    size = (rows + per_byte - 1) // per_byte
-    matrix = codes.reshape(rows, width)
-    if missing := per_byte * size - rows:
-        matrix = torch.constant_pad_nd(matrix, [0, 0, 0, missing])
-    return _in_bytes(matrix.reshape(per_byte, size, width), bits)
-
-
-def _in_bytes(parts: Tensor, bits: int) -> Tensor:
-    """Codes [n, ...] -> bytes [...]."""
-    per_byte = len(parts)
-    if per_byte == 1 and parts.dtype is torch.uint8:
-        return parts[0]
-    parts = parts.to(torch.float32 if parts.dtype is torch.uint8 else torch.int32)
-    if 1 < per_byte < 8:  # a sum, which Inductor unrolls: for codes with several readers it would write them to memory
-        place = 1 << (bits * torch.arange(per_byte, dtype=torch.int32, device=parts.device))
-        place = place.reshape(-1, *[1] * (parts.dim() - 1)).to(parts.dtype)
-        return (parts * place).sum(0, dtype=parts.dtype).to(torch.uint8)
-    return _digits([parts[i] for i in range(per_byte)], bits)
-
-
-def _digits(codes: Sequence[Tensor], bits: int) -> Tensor:
-    """One byte of several codes, the first in its lowest bits."""
-    packed = codes[-1]
-    for code in reversed(codes[:-1]):
-        packed = packed * 2**bits + code
-    return packed.to(torch.uint8)
-
-
-def unpack(packed: Tensor, shape: Sequence[int], bits: int, *, by_row: bool = False) -> Tensor:
-    """The codes that :func:`pack` has packed, of the given shape: whole numbers in float32, or bool for 1 bit."""
-    per_byte = 8 // bits
-    if per_byte == 1:
-        return packed.reshape(shape).to(torch.float32)
-    place = bits * torch.arange(per_byte, device=packed.device)[:, None]
-    masks, scales = ((2**bits - 1) << place).to(torch.uint8), 1 / (1 << place).to(torch.float32)
-
-    def codes(packed: Tensor, masks: Tensor, scales: Tensor) -> Tensor:
-        here = packed & masks  # (shifts and comparisons of bytes are slow on CPU)
-        return here.to(torch.int32) != 0 if bits == 1 else here.to(torch.float32) * scales
-
-    if by_row:
-        return codes(packed[..., None, :], masks, scales).reshape(shape)
-    rows, width = _matrix(shape, per_byte)
-    return codes(packed, masks[..., None], scales[..., None]).reshape(-1, width)[:rows].reshape(shape)
-
-
-def _matrix(shape: Sequence[int], per_byte: int) -> tuple[int, int]:
-    """How a tensor is cut into parts: between rows where they come out even, so that an index along a row stays one."""
-    width = shape[-1] if shape else 1
-    rows = 1
-    for size in shape[:-1]:
-        rows = rows * size
-    return (rows, width) if rows % per_byte == 0 else (rows * width, 1)
-
-
-def _signed(x: int) -> int:
-    return x - 2**32 if x >= 2**31 else x
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift of int32 to the right (torch's is arithmetic)."""
-    return (z >> bits) & (2 ** (32 - bits) - 1)
