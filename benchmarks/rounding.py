@@ -163,7 +163,7 @@ def measure_arm(
 def render(results: list[dict[str, Any]]) -> str:
     """The table, and under which conditions each model was measured."""
     lines = [
-        f"- {_model(r)}, {r['dtype']}: {r['layers']} layers, {r['batch_size']}x{r['length']} tokens; "
+        f"- {_model(r)}, {r['dtype']}: {r['batch_size']}x{r['length']} tokens; "
         + ", ".join(f"{key} {value}" for key, value in r["environment"].items())
         for r in results
     ]
@@ -203,7 +203,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _model(result: dict[str, Any]) -> str:
-    return result["family"] + ", GPU" * (result.get("device") == "cuda")
+    return f"{result['family']}, {result['layers']} layers" + ", GPU" * (result.get("device") == "cuda")
 
 
 def layer_table(results: list[dict[str, Any]]) -> str:
