@@ -171,7 +171,6 @@ def _rows(seed, scratch, rows, scale, slots, k, stream, BITS: tl.constexpr, BLOC
 def _short_uniform(seed, numbers, n, stream, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word = _mix(_stream(seed, stream) + ((at // 4 + 1).to(tl.uint64)) * _GOLDEN)
-    bits = ((word >> (16 * (at % 4)).to(tl.uint64)) & 0xFFFF).to(
-        tl.int32
-    ) ^ 0x8000  # (of a signed number, above the least)
+    short = (word >> (16 * (at % 4)).to(tl.uint64)) & 0xFFFF
+    bits = short.to(tl.int32) ^ 0x8000  # (of a signed number, above the least)
     tl.store(numbers + at, bits.to(tl.float32) * 1.52587890625e-05, mask=at < n)
